@@ -1,0 +1,53 @@
+"""Errors that a user can mend, and the one place that prints them."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """What was found and what was expected, naming the file or flag; `hint` is the command or change that helps."""
+
+    def __init__(self, message: str, hint: str | None = None, exit_code: int = 1):
+        super().__init__(message)
+        self.message, self.hint, self.exit_code = message, hint, exit_code
+
+
+def explain_os_error(error: OSError, path: str | os.PathLike, doing: str) -> UserError:
+    """An OSError while `doing` ("reading", "writing") `path`, as a UserError with the system's reason."""
+    hints = {
+        "FileNotFoundError": "check the path, or make the file first (make data, make model)",
+        "PermissionError": "check the owner and mode of the file and of its folder (ls -l)",
+        "IsADirectoryError": "name a file, not a folder",
+        "NotADirectoryError": "one part of the path is a file, not a folder",
+    }
+    hint = hints.get(type(error).__name__)
+    if hint is None:
+        hint = "free some disk space (df -h) and run again" if error.errno in (28, 122) else "see the reason above"
+    return UserError(f"{doing} {os.fspath(path)}: {error.strerror or error}", hint)
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit: 0 or its return value, 1 (or the error's code) after a UserError, 130 after Ctrl-C.
+
+    A UserError prints `error: ...` and `---> HINT: ...` on stderr, never a traceback. A closed pipe ends quietly.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        sys.stdout.flush()
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"---> HINT: {error.hint}", file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:  # `... | head`: nobody reads on; keep Python's shutdown from flushing into the pipe again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except MemoryError as error:
+        print(f"error: out of memory: {error}\n---> HINT: lower -b or -t, or take a smaller model", file=sys.stderr)
+        code = 1
+    sys.exit(code)
