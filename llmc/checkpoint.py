@@ -42,7 +42,7 @@ MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes of a GPT-2, by llm.c's names: maxT positions, V tokens (Vp with padding), L layers, NH heads, C channels."""
+    """Sizes of a GPT-2: maxT positions, V tokens (Vp with padding), L layers, NH heads, C channels."""
 
     maxT: int = 1024
     V: int = 50257
