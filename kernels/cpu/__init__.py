@@ -1,0 +1,58 @@
+"""Every op in NumPy, under its one name, and what a trainer needs of a device. The readable reference, and fast."""
+
+import numpy as np
+
+from kernels.cpu.adamw import adamw_update
+from kernels.cpu.attention import attention_backward, attention_forward
+from kernels.cpu.band_mask import band_count, band_mask
+from kernels.cpu.blocks import num_threads
+from kernels.cpu.encoder import encoder_backward, encoder_forward
+from kernels.cpu.fused_classifier import fused_classifier
+from kernels.cpu.gelu import gelu_backward, gelu_forward
+from kernels.cpu.global_norm import global_norm
+from kernels.cpu.layernorm import layernorm_backward, layernorm_forward
+from kernels.cpu.matmul import matmul_backward, matmul_forward
+from kernels.cpu.residual import residual_forward
+
+__all__ = [
+    "adamw_update",
+    "attention_backward",
+    "attention_forward",
+    "band_count",
+    "band_mask",
+    "describe",
+    "encoder_backward",
+    "encoder_forward",
+    "fused_classifier",
+    "gelu_backward",
+    "gelu_forward",
+    "global_norm",
+    "layernorm_backward",
+    "layernorm_forward",
+    "matmul_backward",
+    "matmul_forward",
+    "residual_forward",
+    "to_device",
+    "to_host",
+    "zeros",
+]
+
+
+def describe() -> str:
+    """What the parameter table shows as the device."""
+    return f"CPU, NumPy {np.__version__}, {num_threads()} threads"
+
+
+def zeros(shape, dtype=np.float32) -> np.ndarray:
+    """An array of zeros on the device."""
+    return np.zeros(shape, dtype)
+
+
+def to_device(array: np.ndarray) -> np.ndarray:
+    """`array` on the device; here the array itself."""
+    return array
+
+
+def to_host(array: np.ndarray) -> np.ndarray:
+    """`array` in NumPy; here the array itself."""
+    return array

@@ -1,0 +1,45 @@
+"""AdamW (Loshchilov & Hutter 2019; llm.c gpt2_update and adamw_kernel).
+
+m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  p -= lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + weight_decay p)
+"""
+
+from math import sqrt
+
+import numpy as np
+
+from kernels.cpu.blocks import for_blocks, scratch
+
+BLOCK = 1 << 14  # values: six operands of 64 KiB
+
+
+def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
+    """Update number t = 1, 2, ... of params, m and v in place; all four contiguous, of one shape.
+
+    grad_scale multiplies the gradient first (clipping). The bias corrections are folded into lr and eps:
+        lr m/c1 / (sqrt(v/c2) + eps) = (lr sqrt(c2)/c1) m / (sqrt(v) + eps sqrt(c2)),   c = 1 - beta^t
+    """
+    c1, c2 = 1 - beta1**t, sqrt(1 - beta2**t)
+    p_flat, g_flat, m_flat, v_flat = (array.reshape(-1) for array in (params, grads, m, v))
+
+    def values(start, stop):
+        p, g, m, v = (flat[start:stop] for flat in (p_flat, g_flat, m_flat, v_flat))
+        a, b = scratch("adamw", (2, stop - start), p.dtype)
+        if grad_scale != 1:
+            g = np.multiply(g, grad_scale, out=b)
+        np.subtract(g, m, out=a)
+        a *= 1 - beta1
+        m += a
+        np.multiply(g, g, out=a)
+        a -= v
+        a *= 1 - beta2
+        v += a
+        np.sqrt(v, out=a)
+        a += eps * c2
+        np.divide(m, a, out=b)
+        b *= lr * c2 / c1
+        if weight_decay:
+            np.multiply(p, lr * weight_decay, out=a)
+            b += a
+        p -= b
+
+    for_blocks(values, p_flat.size, BLOCK)

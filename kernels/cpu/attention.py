@@ -1,0 +1,100 @@
+"""Causal multi-head self-attention (Vaswani et al. 2017; llm.c attention_forward/backward).
+
+    s[t,u] = q_t . k_u / sqrt(hs),   a[t,u] = exp(s[t,u] - lse[t]) for u <= t, else 0,   out_t = sum_u a[t,u] v_u
+    lse[t] = log sum_{u<=t} exp(s[t,u])
+
+T x T is never stored: a block of queries meets only the keys up to its own end, and the backward pass computes a again
+from lse, as FlashAttention does (Dao et al. 2022). In each third of qkv (B,T,3C), head h owns columns h*hs .. (h+1)*hs.
+"""
+
+from math import sqrt
+
+import numpy as np
+
+from kernels.cpu.blocks import scratch
+
+QUERIES = 64  # in a block; half of its square of scores lies above the diagonal and is wasted
+SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
+FUTURE = ~np.tri(QUERIES, dtype=bool)
+
+
+def _head_groups(NH, queries, T):
+    """Slices of heads whose scores (queries x T each) fit a block together."""
+    group = max(1, min(NH, SCORES // (queries * T)))
+    return [slice(first, min(first + group, NH)) for first in range(0, NH, group)]
+
+
+def _split(qkv, NH):
+    """qkv (T,3C) -> q, k, v, each a view (NH,T,hs)"""
+    return qkv.reshape(len(qkv), 3, NH, -1).transpose(1, 2, 0, 3)
+
+
+def _causal_scores(q, k, first, scale):
+    """q (n,t,hs) at positions first.., k (n,first+t,hs) -> scaled scores (n,t,first+t), -inf for the future."""
+    n, t, _ = q.shape
+    s = scratch("attention_scores", (n, t, first + t), q.dtype)
+    np.matmul(q, k.transpose(0, 2, 1), out=s)
+    s *= scale
+    np.copyto(s[:, :, first:], -np.inf, where=FUTURE[:t, :t])
+    return s
+
+
+def attention_forward(out, lse, qkv, NH, start=0):
+    """out (B*(T-start),C), lse (B,NH,T-start) from qkv (B,T,3C), for the queries at positions start..T-1."""
+    B, T, C3 = qkv.shape
+    scale = 1 / sqrt(C3 // 3 // NH)
+    for b in range(B):
+        q, k, v = _split(qkv[b], NH)
+        o = out.reshape(B, T - start, NH, -1)[b].transpose(1, 0, 2)  # (NH,T-start,hs)
+        for first in range(start, T, QUERIES):
+            end = min(first + QUERIES, T)
+            rows = slice(first - start, end - start)
+            for h in _head_groups(NH, end - first, end):
+                s = _causal_scores(q[h, first:end], k[h, :end], first, scale)
+                top = s.max(axis=2)  # (n,t)
+                s -= top[:, :, None]
+                np.exp(s, out=s)
+                total = s.sum(axis=2)
+                np.matmul(s, v[h, :end], out=o[h, rows])
+                o[h, rows] /= total[:, :, None]
+                lse[b, h, rows] = top + np.log(total)
+
+
+def attention_backward(dqkv, dout, qkv, out, lse, NH):
+    """dqkv (B,T,3C) = ... from dout, out (B*T,C), qkv (B,T,3C), lse (B,NH,T).
+
+        da = do . v,  ds = a * (da - do . out) / sqrt(hs),  dq = ds k,  dk = ds^T q,  dv = a^T do
+
+    where do . out stands for sum_u a da. Query blocks run from the last, which writes dk and dv for all keys, to the
+    first; the others add.
+    """
+    B, T, C3 = qkv.shape
+    scale = 1 / sqrt(C3 // 3 // NH)
+    for b in range(B):
+        q, k, v = _split(qkv[b], NH)
+        dq, dk, dv = _split(dqkv[b], NH)
+        do, o = (x.reshape(B, T, NH, -1)[b].transpose(1, 0, 2) for x in (dout, out))  # (NH,T,hs)
+        for first in reversed(range(0, T, QUERIES)):
+            end = min(first + QUERIES, T)
+            rows = slice(first, end)
+            for h in _head_groups(NH, end - first, end):
+                a = _causal_scores(q[h, rows], k[h, :end], first, scale)
+                a -= lse[b, h, rows, None]
+                np.exp(a, out=a)
+                ds = scratch("attention_dscores", a.shape, a.dtype)
+                np.matmul(do[h, rows], v[h, :end].transpose(0, 2, 1), out=ds)
+                ds -= np.einsum("htc,htc->ht", do[h, rows], o[h, rows])[:, :, None]
+                ds *= a
+                ds *= scale
+                np.matmul(ds, k[h, :end], out=dq[h, rows])
+                _add_product(dk[h, :end], ds.transpose(0, 2, 1), q[h, rows], end == T)
+                _add_product(dv[h, :end], a.transpose(0, 2, 1), do[h, rows], end == T)
+
+
+def _add_product(out, left, right, write):
+    """out = left @ right if `write`, else out += left @ right; (n,rows,hs)"""
+    if write:
+        np.matmul(left, right, out=out)
+    else:
+        product = scratch("attention_product", out.shape, out.dtype)
+        out += np.matmul(left, right, out=product)
