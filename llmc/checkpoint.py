@@ -9,10 +9,8 @@ write_model in train_gpt2.py (writing, bfloat16 rounding to nearest even).
 """
 
 import os
-import zlib
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 
 import numpy as np
 
@@ -180,14 +178,3 @@ def write_model(path: str | os.PathLike, model: Model) -> None:
     with atomic_write(path) as file:
         for part in (header, params, np.ascontiguousarray(model.extra, "<f4")):
             file.write(part.data)
-
-
-def state_path(path: str | os.PathLike, step: int, params: np.ndarray, rank: int = 0) -> Path:
-    """The optimizer state that belongs to the checkpoint `path` holding `params`.
-
-    checkpoint.bin -> checkpoint_state_00000020_00000_1c291ca3.bin: llm.c's state_%08d_%05d with the CRC-32 of the
-    parameters, so that a state can never be taken for that of other weights, however a save was cut short.
-    """
-    path = Path(path)
-    crc = zlib.crc32(np.ascontiguousarray(params, "<f4").data)
-    return path.with_name(f"{path.stem}_state_{step:08d}_{rank:05d}_{crc:08x}.bin")

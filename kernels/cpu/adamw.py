@@ -7,9 +7,9 @@ from math import sqrt
 
 import numpy as np
 
-from kernels.cpu.blocks import for_blocks, scratch
+from kernels.cpu.blocks import BLOCK_BYTES, for_blocks, scratch
 
-BLOCK = 1 << 14  # values: six operands of 64 KiB
+BLOCK = BLOCK_BYTES // 8  # values of each of six operands
 
 
 def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):

@@ -12,7 +12,7 @@ from kernels.cpu.blocks import BLOCK_BYTES, for_blocks, scratch
 
 S = sqrt(2 / pi)
 CUBIC = 0.044715
-BLOCK = BLOCK_BYTES // 4 // 4  # values: a few operands share the cache
+BLOCK = BLOCK_BYTES // 16  # values: several operands share the cache
 
 
 def gelu_forward(out, inp):

@@ -24,7 +24,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         y *= weight
         y += bias
 
-    for_blocks(rows, N, rows_per_block(C), C)
+    for_blocks(rows, N, rows_per_block(C))
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
@@ -54,6 +54,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
         g *= rstd[start:stop, None]
         dinp[start:stop] += g
 
-    for_blocks(rows, N, block, C)
+    for_blocks(rows, N, block)
     dweight += np.add.reduce(partial[0], axis=0)
     dbias += np.add.reduce(partial[1], axis=0)

@@ -1,0 +1,75 @@
+"""What the text corpora share: documents -> tokens, with an EOT before each -> llm.c data files and tokenizer file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llmc.dataloader import write_tokens
+from llmc.errors import UserError
+from llmc.tokenizer import byte_tokenizer, gpt2_encoding, gpt2_tokenizer
+
+TOKENIZERS = {"gpt2": gpt2_tokenizer, "byte": byte_tokenizer}
+
+
+def gpt2_tokens(documents: Sequence[str]) -> np.ndarray:
+    """uint16 GPT-2 tokens of all documents, each preceded by <|endoftext|> (50256), as llm.c's data scripts do.
+
+    A text that spells <|endoftext|> out gets ordinary tokens. Threads share the work.
+    """
+    encoding = gpt2_encoding()
+    tokens = []
+    for document in encoding.encode_ordinary_batch(list(documents)):
+        tokens.append(encoding.eot_token)
+        tokens.extend(document)
+    return np.array(tokens, np.uint16)
+
+
+def byte_tokens(documents: Sequence[str]) -> np.ndarray:
+    """uint16 UTF-8 bytes of all documents, each preceded by the byte tokenizer's EOT, 0."""
+    text = b"".join(b"\0" + document.encode() for document in documents)
+    return np.frombuffer(text, np.uint8).astype(np.uint16)
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it. Raises UserError if the system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"making folder {folder}: {error.strerror}", "name another folder with -o") from None
+
+
+def shown(path: Path) -> Path:
+    """`path` as a user would type it: relative to the current folder if it lies below."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def write_corpus(folder: Path, name: str, train: np.ndarray, val: np.ndarray) -> tuple[Path, Path]:
+    """Write name_train.bin and name_val.bin into `folder`, print their sizes, return their paths."""
+    make_folder(folder)
+    paths = []
+    for split, tokens in (("train", train), ("val", val)):
+        path = folder / f"{name}_{split}.bin"
+        write_tokens(path, tokens)
+        print(f"wrote {shown(path)}: {tokens.size:,} tokens")
+        paths.append(path)
+    return tuple(paths)
+
+
+def write_tokenizer(name: str, folder: Path) -> None:
+    """Write gpt2_tokenizer.bin or byte_tokenizer.bin into `folder` unless it is there already."""
+    path = folder / f"{name}_tokenizer.bin"
+    if not path.exists():
+        TOKENIZERS[name]().write(path)
+        print(f"wrote {shown(path)}")
+
+
+def print_next_commands(tokenizer: str, train: Path, val: Path) -> None:
+    """What to type after preparing data: a model for its vocabulary, unless there is one, and the training run."""
+    model, vocab = {"gpt2": ("model.bin", ""), "byte": ("byte.bin", "--vocab byte ")}[tokenizer]
+    commands = [f"python train_banded.py -e {model} -i {shown(train)} -j {shown(val)}"]
+    if not Path(model).exists():
+        commands.insert(0, f"python data/create_model.py {vocab}-o {model}")
+    for label, command in zip(("next", "then"), commands):
+        print(f"{label}: {command}")

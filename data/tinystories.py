@@ -1,0 +1,166 @@
+"""TinyStories (Eldan and Li 2023), tokenised as llm.c has it (dev/data/tinystories.py).
+
+    python data/tinystories.py                    # 1.5 GB to download, 10 GB of disk
+    python data/tinystories.py --download-only    # tokenise later
+
+Shard 0 of 50 is the validation data (19,043,638 GPT-2 tokens), the others are the training data (925,653,391). Within
+a shard the stories are shuffled by Python's random with seed 1337 + the shard's place in its split, and an EOT stands
+before each. The validation file is llm.c's byte for byte; llm.c appends training shards in the order in which its
+processes finish, so its training file differs from run to run: here it is always in the order of the shards.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tarfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
+
+from data.corpus import make_folder, print_next_commands, shown, write_tokenizer
+from data.download import download, require_space
+from llmc.cli import ArgumentParser, positive_int
+from llmc.dataloader import MAGIC, MAX_TOKENS, VERSION
+from llmc.errors import UserError, explain_os_error, run
+from llmc.files import HEADER_BYTES, HEADER_INTS, atomic_write
+from llmc.tokenizer import gpt2_encoding
+
+URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
+DISK_BYTES = 10_000_000_000  # archive 1.5 GB, JSON about 6 GB, tokens 1.9 GB
+SEED = 1337
+FOLDER = Path(__file__).resolve().parent / "tinystories"
+
+
+def fetch_shards(folder: Path) -> list[Path]:
+    """The JSON shards in order of their names, downloaded and unpacked into `folder` unless they are there."""
+    unpacked = folder / "TinyStories_all_data"
+    if not unpacked.exists():
+        archive = folder / "TinyStories_all_data.tar.gz"
+        have = sum(path.stat().st_size for path in folder.glob("TinyStories_all_data.tar.gz*"))
+        require_space(folder, DISK_BYTES - have)
+        download(URL, archive, instead="make data (Shakespeare's plays)")
+        unpack(archive, unpacked)
+    shards = sorted(unpacked.glob("*.json"))
+    if len(shards) < 2:
+        raise UserError(
+            f"{unpacked}: {len(shards)} JSON shards, expected 2 or more, the first for validation",
+            f"delete {unpacked} and its archive, and run again",
+        )
+    return shards
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """The JSON files of a .tar.gz into `folder`, which appears only when all of them are there."""
+    print(f"unpacking {shown(archive)}")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    make_folder(part)
+    try:
+        with tarfile.open(archive, "r|gz") as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(".json"):
+                    with open(part / Path(member.name).name, "wb") as file:  # the name alone cannot leave the folder
+                        shutil.copyfileobj(tar.extractfile(member), file)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive}: a broken archive: {error}", "delete it and run again") from None
+    except OSError as error:
+        raise explain_os_error(error, part, "unpacking into") from None
+    part.rename(folder)
+
+
+def read_stories(path: Path) -> list[str]:
+    """The stories of one shard. Raises UserError unless it is a JSON list of objects that hold a "story"."""
+    try:
+        stories = [record["story"].strip() for record in json.loads(path.read_bytes())]
+    except OSError as error:
+        raise explain_os_error(error, path, "reading") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        hint = f"delete {path.parent} and run again"
+        raise UserError(f'{path}: expected a JSON list of records with a text "story" ({found})', hint) from None
+    if not stories:
+        raise UserError(f"{path}: no stories", f"delete {path.parent} and run again")
+    return stories
+
+
+def shard_tokens(path: Path, place: int) -> np.ndarray:
+    """uint16 tokens of one shard: its stories in shuffled order, an EOT before each. place: its index in the split."""
+    stories = read_stories(path)
+    random.Random(SEED + place).shuffle(stories)
+    encoding = gpt2_encoding()
+    eot = encoding.eot_token
+    return np.concatenate([np.array([eot, *encoding.encode_ordinary(story)], np.uint16) for story in stories])
+
+
+def tokenised(shards: list[Path], workers: int) -> Iterator[np.ndarray]:
+    """shard_tokens of each shard, in order. Shards in memory: one a worker, and as many waiting for their turn."""
+    # SIG_DFL: Ctrl-C ends the workers at once and without a word
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
+        pending = deque()
+        try:
+            for place, path in enumerate(shards):
+                pending.append(pool.submit(shard_tokens, path, place))
+                if len(pending) == 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a worker process died, probably for want of memory", "try --workers 1") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_split(path: Path, parts: Iterable[np.ndarray]) -> None:
+    """One token data file from consecutive parts; the count goes into the header at the end. Atomic."""
+    num_tokens = 0
+    with atomic_write(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        for tokens in parts:
+            file.write(tokens.astype("<u2", copy=False).data)
+            num_tokens += tokens.size
+        if num_tokens > MAX_TOKENS:
+            raise UserError(f"{path}: {num_tokens} tokens, a data file holds at most {MAX_TOKENS}", "leave shards out")
+        header = np.zeros(HEADER_INTS, "<i4")
+        header[:3] = MAGIC, VERSION, num_tokens
+        file.seek(0)
+        file.write(header.data)
+    print(f"wrote {shown(path)}: {num_tokens:,} tokens")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out-dir", type=Path, default=FOLDER, help="folder for the download and the data files")
+    parser.add_argument("--download-only", action="store_true", help="download and unpack, do not tokenise")
+    cores = os.cpu_count() or 1
+    parser.add_argument(
+        "--workers", type=positive_int, default=cores, help="processes that tokenise, 1 GB of memory each"
+    )
+    args = parser.parse(argv)
+
+    make_folder(args.out_dir)
+    shards = fetch_shards(args.out_dir)
+    print(f"{len(shards)} shards in {shown(shards[0].parent)}")
+    if args.download_only:
+        print("next: python data/tinystories.py")
+        return
+    paths = {split: args.out_dir / f"TinyStories_{split}.bin" for split in ("train", "val")}
+    for split, members in (("val", shards[:1]), ("train", shards[1:])):
+        bar = tqdm(tokenised(members, args.workers), desc=split, total=len(members), unit="shard", disable=None)
+        write_split(paths[split], bar)
+    write_tokenizer("gpt2", Path())
+    print_next_commands("gpt2", paths["train"], paths["val"])
+
+
+if __name__ == "__main__":
+    run(main)

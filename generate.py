@@ -1,0 +1,124 @@
+"""Text from any checkpoint that a trainer wrote, or from llm.c's gpt2_124M.bin.
+
+    python generate.py -e checkpoint.bin -p "ROMEO:" -n 200
+    python generate.py -e gpt2_124M.bin -p "The band of" --temperature 0.8 --top-k 50 -s 42
+
+Sizes, kind and bands come from the file; the prompt is encoded with the tokenizer file beside it. Keys and values are
+kept, so a token costs one row of a forward pass however long the text before it is. Where the model's positions end,
+the older half of the text is forgotten and the newer half run again.
+"""
+
+import codecs
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+import kernels
+from llmc import cli
+from llmc.checkpoint import BANDED, DENSE, Model, read_model
+from llmc.errors import UserError, run
+from llmc.sampler import Sampler, filter_top_k_top_p, sample_probabilities, softmax
+from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
+from train_banded import GPT2
+
+EPILOG = """examples:
+  python generate.py -e checkpoint.bin -n 100
+  python generate.py -e checkpoint.bin -p "To be, or" --temperature 0.7 --top-p 0.9 -s 1
+
+--temperature 0 always takes the likeliest token."""
+
+
+def arguments() -> cli.ArgumentParser:
+    parser = cli.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
+    add = parser.add_argument
+    add("-e", "--checkpoint", default="checkpoint.bin", help="model file")
+    add("-n", "--tokens", type=cli.positive_int, default=256, help="tokens to generate")
+    add("-p", "--prompt", default="", help="text to go on from")
+    add("-s", "--seed", type=cli.seed, default=0, help="of the sampler, 0: from the clock")
+    add("--temperature", type=cli.natural_float, default=1.0, help="divides the logits, 0: greedy")
+    add("--top-k", type=cli.natural, default=0, help="draw among the k likeliest tokens only, 0: among all")
+    add("--top-p", type=cli.fraction, default=1.0, help="draw among the likeliest that make up this much probability")
+    add("--cache", type=cli.flag01, default=True, help="0: run the whole text again for every token")
+    add("--tokenizer", help="tokenizer file (default: the model's, here or beside it)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    return parser
+
+
+def draw(logits: np.ndarray, sampler: Sampler, temperature: float, top_k: int, top_p: float) -> int:
+    """One token from logits (V)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities = softmax(logits, temperature)
+    if top_k or top_p < 1:
+        probabilities = filter_top_k_top_p(probabilities, top_k, top_p)
+    return sample_probabilities(probabilities, sampler.random_f64())
+
+
+def generate(model: GPT2, tokens: list[int], count: int, choose: Callable, cache: bool = True) -> Iterator[int]:
+    """Yield `count` tokens after `tokens`, each chosen from the logits by `choose`; the model sees at most maxT."""
+    maxT = model.config.maxT
+    text, done = tokens[-maxT:], 0  # what the model sees, and how much of it has been run
+    for _ in range(count):
+        start = done if cache else 0
+        token = choose(model.extend(np.array(text[start:], np.int32), start))
+        yield token
+        done = len(text)
+        text = [*text, token]
+        if len(text) > maxT:
+            text, done = text[-max(1, maxT // 2) :], 0
+
+
+def open_model(path: str, device_name: str) -> tuple[GPT2, Model]:
+    """The model of a checkpoint on a device, and its file."""
+    file = read_model(path)
+    if file.kind not in (DENSE, BANDED):
+        raise UserError(f"{path}: kind {file.kind}, expected a dense or banded GPT-2", "a newer version may know it")
+    return GPT2(kernels.open_device(device_name), file.config, file.params, B=1, T=1), file
+
+
+def print_text(tokens: Iterator[int], tokenizer: Tokenizer | None):
+    """Print tokens as they come: whole UTF-8 characters, what is no UTF-8 as U+FFFD; ids without a tokenizer."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    out = sys.stdout.buffer
+    for token in tokens:
+        piece = decoder.decode(tokenizer.decode(token)) if tokenizer else f"{token} "
+        out.write(piece.encode())
+        out.flush()
+    out.write(decoder.decode(b"", final=True).encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments().parse(argv)
+    model, file = open_model(args.checkpoint, args.device)
+    config = file.config
+    tokenizer = open_tokenizer(args.tokenizer, args.checkpoint, config.V)
+    if args.prompt and tokenizer is None:
+        raise UserError(f"-p: no tokenizer file to encode the prompt for {args.checkpoint}", "name one by --tokenizer")
+    tokens = [end_of_text(tokenizer, config.V), *(tokenizer.encode(args.prompt) if args.prompt else [])]
+    seed = args.seed or time.time_ns()
+    banner = "GPT-2 Inference (Banded Sparsity Checkpoint)" if file.kind == BANDED else "GPT-2 Inference"
+    print(f"=== {banner} ===\nModel: {args.checkpoint}\nTokens: {args.tokens}\nSeed: {seed}")
+    if file.kind == BANDED:
+        print(f"FC1 bandwidth: {file.fields[0]}, FC2 bandwidth: {file.fields[1]} (0 is dense)")
+    print(f"---\nModel loaded: {file.params.size} parameters")
+    print(f"Vocab: {config.V}, MaxSeq: {config.maxT}, Channels: {config.C}\n---\nGenerating:", flush=True)
+    sys.stdout.buffer.write(args.prompt.encode())
+    sampler = Sampler(seed)
+    print_text(
+        generate(
+            model,
+            tokens,
+            args.tokens,
+            lambda logits: draw(logits, sampler, args.temperature, args.top_k, args.top_p),
+            args.cache,
+        ),
+        tokenizer,
+    )
+    print("\n---")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

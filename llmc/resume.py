@@ -1,0 +1,57 @@
+"""A training checkpoint: the model file and, beside it, the optimizer state of the very same weights.
+
+The state is written first, the model last, and only then are older states removed. So a kill at any moment leaves a
+model file together with its state: the previous pair until the model is renamed into place, the new one from then on.
+"""
+
+import os
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from llmc.checkpoint import Model, read_model, write_model
+from llmc.errors import UserError, explain_os_error
+from llmc.state import TrainState, read_state, write_state
+
+
+def state_path(path: str | os.PathLike, step: int, params: np.ndarray, rank: int = 0) -> Path:
+    """The optimizer state that belongs to the checkpoint `path` holding `params`.
+
+    checkpoint.bin -> checkpoint_state_00000020_00000_1c291ca3.bin: llm.c's state_%08d_%05d with the CRC-32 of the
+    parameters, so that a state can never be taken for that of other weights, however a save was cut short.
+    """
+    path = Path(path)
+    crc = zlib.crc32(np.ascontiguousarray(params, "<f4").data)
+    return path.with_name(f"{path.stem}_state_{step:08d}_{rank:05d}_{crc:08x}.bin")
+
+
+def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState) -> None:
+    """Write `model` to `path` and `state` beside it, then remove the states of earlier saves under this name."""
+    path = Path(path)
+    current = state_path(path, model.step, model.params, state.rank)
+    write_state(current, state)
+    write_model(path, model)
+    ours = re.compile(re.escape(path.stem) + rf"_state_\d{{8}}_{state.rank:05d}_[0-9a-f]{{8}}\.bin")
+    for other in path.parent.iterdir():
+        if ours.fullmatch(other.name) and other.name != current.name:
+            try:
+                other.unlink(missing_ok=True)
+            except OSError as error:
+                raise explain_os_error(error, other, "removing") from None
+
+
+def load_checkpoint(path: str | os.PathLike, rank: int = 0) -> tuple[Model, TrainState]:
+    """The model file `path` and its state. Raises UserError if there is no state for these very weights."""
+    model = read_model(path)
+    beside = state_path(path, model.step, model.params, rank)
+    if not beside.exists():
+        raise UserError(
+            f"{path}: no optimizer state beside it, expected {beside.name}",
+            f"start anew from its weights: give -e {path} in place of --resume",
+        )
+    state = read_state(beside, model.params.size)
+    if state.step != model.step:
+        raise UserError(f"{beside}: of step {state.step}, the model file says {model.step}", "save again with -c")
+    return model, state
