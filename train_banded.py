@@ -470,7 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     model = GPT2(device, config, file.params, B, T, *bands)
     if state:
         model.allocate_moments(state.m, state.v)
-        print(f"resuming at step {start} (shard {state.shard}, sample {state.sample})")
+        print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     elif args.mask_init:
         model.mask_weights()
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)

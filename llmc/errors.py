@@ -32,6 +32,9 @@ def run(main: Callable[[], int | None]) -> None:
 
     A UserError prints `error: ...` and `---> HINT: ...` on stderr, never a traceback. A closed pipe ends quietly.
     """
+    # whole lines at once also into a pipe, and a file name that is no valid UTF-8 may be printed
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         code = main() or 0
         sys.stdout.flush()

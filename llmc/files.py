@@ -33,9 +33,12 @@ def open_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` in one step when the block ends, or leaves `path` as it was.
 
-    Written to a temporary file in the same folder, flushed, fsynced, renamed over `path`; then the folder is synced.
+    Written to a temporary file in the same folder, flushed, fsynced, renamed over `path` (or what it links to); then
+    the folder is synced. Raises UserError if the system refuses, or `path` is a folder or device.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UserError(f"writing {path}: not an ordinary file", "name another file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

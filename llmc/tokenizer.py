@@ -103,7 +103,7 @@ class Tokenizer:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no valid Unicode at character {error.start}", "give it as UTF-8") from None
-        missing = set(data).difference(*(token for token in self.ranks if len(token) == 1))
+        missing = set(data) - {token[0] for token in self.ranks if len(token) == 1}
         if missing:
             raise UserError(
                 f"{self.name}: the text has the byte {min(missing):#04x}, for which there is no token",

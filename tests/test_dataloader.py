@@ -90,17 +90,27 @@ def test_llmc_permutations(tmp_path, sizes, seed, expected):
         assert [(int(loader.next_batch()[0][0, 0]) - first) // (B * T) for _ in range(10)] == expected
 
 
+@pytest.mark.parametrize("sizes", [(157, 100), (160, 96)])  # (160, 96): a whole number of samples, but one token short
 @pytest.mark.parametrize("rank, nproc", [(0, 1), (0, 2), (1, 2), (2, 3)])
 @pytest.mark.parametrize("shuffle, seed", [(False, 42), (True, 42), (True, 7)])
-def test_two_epochs_of_two_shards(tmp_path, rank, nproc, shuffle, seed):
-    sizes = (157, 100)
-    shards = [list(range(157)), list(range(157, 257))]
+def test_two_epochs_of_two_shards(tmp_path, sizes, rank, nproc, shuffle, seed):
+    shards = [list(range(sizes[0])), list(range(sizes[0], sum(sizes)))]
     batches = list(expected_batches(shards, rank, nproc, shuffle, seed, epochs=2))
     with DataLoader(write_shards(tmp_path, *sizes), B, T, rank=rank, nproc=nproc, shuffle=shuffle, seed=seed) as loader:
-        assert (loader.num_tokens, loader.num_batches) == (257, 257 // (nproc * B * T))
-        assert len(batches) == 2 * (156 // (nproc * B * T) + 99 // (nproc * B * T))
+        assert (loader.num_tokens, loader.num_batches) == (sum(sizes), sum(sizes) // (nproc * B * T))
+        assert len(batches) == 2 * sum((size - 1) // (nproc * B * T) for size in sizes)
         for inputs, targets in batches:
             assert flat(loader.next_batch()) == [inputs, targets]
+
+
+def test_order_of_a_large_shard(tmp_path):
+    """More samples than the loader permutes at a time."""
+    expected = list(range(140_000))
+    permute(expected, mersenne_twister(42))
+    path = tmp_path / "large.bin"
+    write_tokens(path, np.zeros(140_001, np.uint16))
+    with DataLoader(str(path), 1, 1, shuffle=True) as loader:
+        assert loader.state().intra_shard_indices.tolist() == expected
 
 
 def test_neighbours_share_one_token(tmp_path):

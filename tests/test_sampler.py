@@ -60,6 +60,15 @@ def test_sampling_follows_the_loops():
         assert sample_logits(logits, coin) == loop_logits(logits, coin)
 
 
+def test_large_vocabulary_sums_as_c_does():
+    """Here a float32 norm, or a sum by pairs, would draw other tokens."""
+    logits = np.random.default_rng(0).normal(size=20_000).astype(np.float32)
+    sampler = Sampler()
+    for _ in range(10):
+        coin = sampler.random_f32()
+        assert sample_logits(logits, coin) == loop_logits(logits, coin)
+
+
 def test_coin_on_a_border_belongs_to_the_next():
     probabilities = np.float32([0.25, 0, 0.25, 0.5, 0])
     coins = {0.0: 0, 0.2499: 0, 0.25: 2, 0.4999: 2, 0.5: 3, 0.9999: 3}
