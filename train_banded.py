@@ -13,33 +13,118 @@ import math
 import os
 import sys
 import time
-from pathlib import Path
+import warnings
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
 
 import kernels
-from llmc import cli, table
-from llmc.checkpoint import (
-    BANDED,
-    DENSE,
-    MATRICES,
-    GPT2Config,
-    Model,
-    named_views,
-    num_parameters,
-    read_model,
-    tensor_shapes,
-)
+from llmc import options, table
+from llmc.checkpoint import BANDED, DENSE, MATRICES, GPT2Config, Model, named_views, num_parameters, tensor_shapes
+from llmc.cli import ArgumentParser, flag01, natural
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError, run
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
-from llmc.resume import load_checkpoint, save_checkpoint
+from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
-from llmc.schedulers import SCHEDULES, learning_rate
+from llmc.schedulers import learning_rate
 from llmc.state import TrainState
-from llmc.tokenizer import BYTE_VOCAB, Tokenizer, end_of_text, open_tokenizer
+from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
+
+# ----------------------------------------------------------------------------------------------------------------------
+# options
+
+EPILOG = """examples:
+  python train_banded.py -n 200 -b 4 -t 64                        the default data and model.bin, FC1 bandwidth 256
+  python train_banded.py -e model.bin -w 256 -n 2000              experiment 00007, banded
+  python train_banded.py -e model.bin -d 1 -n 2000                experiment 00007, dense
+  python train_banded.py -1 128 -2 512 -n 5000 -c checkpoint.bin  experiment 00009, asymmetric
+  python train_banded.py --resume checkpoint.bin                  go on where a run stopped, with its settings
+
+A bandwidth counts positions in the 4C-wide space: 256 at C = 128 keeps 43.9% of the weights, 8C - 2 and more all.
+Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
+
+
+BY_W, BY_12 = {"bandwidth", "dense"}, {"fc1_bandwidth", "fc2_bandwidth"}
+
+
+def arguments() -> ArgumentParser:
+    """Both reference command lines in one: the bands, and what all trainers have."""
+    parser = ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
+    add = parser.add_argument_group("band (-w and -d, or -1 and -2)").add_argument
+    add("-w", "--bandwidth", type=natural, help="FC1 bandwidth (default: 256, or the -e file's bands)")
+    add("-d", "--dense", type=flag01, default=False, help="1: no band")
+    add("-1", "--fc1-bandwidth", type=natural, help="FC1 bandwidth, 0: dense (default: 0 with -2)")
+    add("-2", "--fc2-bandwidth", type=natural, help="FC2 bandwidth, 0: dense (default: 0 with -1)")
+    add("--mask-init", type=flag01, default=True, help="1: mask the initial weights, 0: from the first update on")
+    options.add_options(parser)
+    return parser
+
+
+def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, int]:
+    """(FC1, FC2) bandwidths, 0 = dense: the flags', else the model file's, else 256 for FC1.
+
+    typed: the names of the flags that were given.
+    """
+    if model.kind not in (DENSE, BANDED):
+        raise UserError(f"{args.model}: kind {model.kind}, expected a dense or banded GPT-2", "use its own trainer")
+    saved = model.fields[:2] if model.kind == BANDED else (0, 0)
+    if args.resume:
+        if typed & (BY_W | BY_12):
+            hint = f"for another band start a new run from its weights: -e {args.resume}"
+            raise UserError("--resume keeps the bands of the checkpoint, -w, -d, -1 and -2 cannot change them", hint, 2)
+        return saved
+    if typed & BY_12:
+        return args.fc1_bandwidth or 0, args.fc2_bandwidth or 0
+    if args.dense:
+        return 0, 0
+    if args.bandwidth is not None:
+        return max(args.bandwidth, 1), 0  # -w 0 keeps the centres alone, and so does 1: here 0 is not dense
+    return saved if model.kind == BANDED else (256, 0)
+
+
+def has_two_bands(args: Namespace, bands: tuple[int, int]) -> bool:
+    """Whether the table is experiment 00009's (two bands) or 00007's (one)."""
+    return bool(args.fc1_bandwidth is not None or args.fc2_bandwidth is not None or bands[1])
+
+
+def print_bands(args: Namespace, bands: tuple[int, int]):
+    """The reference's first rows."""
+    fc1, fc2 = bands
+    if has_two_bands(args, bands):
+        table.row("FC1 bandwidth", fc1, "%d")
+        table.row("FC2 bandwidth", fc2, "%d")
+        names = [name for name, bandwidth in (("FC1", fc1), ("FC2", fc2)) if bandwidth]
+        banded = " + ".join(names) if len(names) == 2 else f"{names[0]} only" if names else ""
+        table.row("Sparsity mode", f"BANDED ({banded})" if banded else "DENSE (no sparsity)")
+    else:
+        mode = "ENABLED" if fc1 else "DISABLED"
+        print(f"| BANDED SPARSITY       | {mode} (bandwidth={fc1})                          |")
+
+
+def print_masks(device, args: Namespace, config: GPT2Config, bands: tuple[int, int]):
+    """The reference's mask rows, with exact counts; a warning for a band that leaves nothing out."""
+    L, C = config.L, config.C
+    sizes, full = {"FC1": (4 * C, C), "FC2": (C, 4 * C)}, 4 * C * C
+    two = has_two_bands(args, bands)
+    for (name, size), bandwidth in zip(sizes.items(), bands):
+        if bandwidth:
+            kept = device.band_count(*size, bandwidth)
+            density = f"bandwidth={bandwidth}, density={100 * kept / full:.1f}%"
+            print(f"| {name} banded mask       | {density}                       |")
+            print(f"| {name} connections       | {L * kept} / {L * full} (per layer: {kept} / {full})              |")
+            if kept == full:
+                print(f"WARNING: {name} bandwidth {bandwidth} covers all of {size[0]} x {size[1]}: {name} is dense")
+        elif two:
+            print(f"| {name}                   | DENSE (bandwidth=0)                                |")
+    if any(bands):
+        mode = "initial weights masked" if args.mask_init else "gradients + post-update only"
+        label = "Mask mode" if two else "FC1 mask applied" if args.mask_init else "FC1 mask mode"
+        table.row(label, mode)
+    table.rule()
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
@@ -204,184 +289,6 @@ class GPT2:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# options
-
-EPILOG = """examples:
-  python train_banded.py -n 200 -b 4 -t 64                        the default data and model.bin, FC1 bandwidth 256
-  python train_banded.py -e model.bin -w 256 -n 2000              experiment 00007, banded
-  python train_banded.py -e model.bin -d 1 -n 2000                experiment 00007, dense
-  python train_banded.py -1 128 -2 512 -n 5000 -c checkpoint.bin  experiment 00009, asymmetric
-  python train_banded.py --resume checkpoint.bin                  go on where a run stopped, with its settings
-
-A bandwidth counts positions in the 4C-wide space: 256 at C = 128 keeps 43.9% of the weights, 8C - 2 and more all.
-Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
-
-
-def arguments() -> cli.ArgumentParser:
-    """Both reference command lines in one; what they lack has a long name only."""
-    parser = cli.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
-    add = parser.add_argument_group("files").add_argument
-    add("-e", "--model", default="model.bin", help="model file to start from")
-    add("-c", "--checkpoint", help="where to save model and optimizer state; none: nothing is saved")
-    add("-k", "--checkpoint-every", type=cli.natural, default=0, help="steps between saves, 0: at the end only")
-    add("-i", "--train-data", help="pattern of the training shards (default: TinyStories if there, else Shakespeare)")
-    add("-j", "--val-data", help="pattern of the validation shards (default: as for -i)")
-    add("-o", "--log", help="log file of s:STEP tel:LOSS and s:STEP trl:LOSS lines")
-    add("--tokenizer", help="tokenizer file for the samples (default: the model's, here or beside it)")
-    add("--resume", metavar="CHECKPOINT", help="go on from this checkpoint with its settings; flags typed win")
-    add = parser.add_argument_group("band (-w and -d, or -1 and -2)").add_argument
-    add("-w", "--bandwidth", type=cli.natural, help="FC1 bandwidth (default: 256, or the -e file's bands)")
-    add("-d", "--dense", type=cli.flag01, default=False, help="1: no band")
-    add("-1", "--fc1-bandwidth", type=cli.natural, help="FC1 bandwidth, 0: dense (default: 0 with -2)")
-    add("-2", "--fc2-bandwidth", type=cli.natural, help="FC2 bandwidth, 0: dense (default: 0 with -1)")
-    add("--mask-init", type=cli.flag01, default=True, help="1: mask the initial weights, 0: from the first update on")
-    add = parser.add_argument_group("workload").add_argument
-    add("-n", "--steps", type=cli.any_int, default=-1, help="optimizer steps in all, 0 or less: one epoch")
-    add("-b", "--batch-size", type=cli.positive_int, default=4, help="rows B of a batch")
-    add("-t", "--seq-len", type=cli.positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
-    add("--grad-accum", type=cli.positive_int, default=1, help="batches in a step")
-    add("--shuffle", type=cli.flag01, default=True, help="1: shuffle shards and samples, as llm.c does")
-    add("--seed", type=cli.positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
-    add("--overfit-batch", type=cli.flag01, default=False, help="1: every step on the first validation data")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add = parser.add_argument_group("optimization").add_argument
-    add("-l", "--lr", type=cli.positive_float, default=3e-4, help="learning rate")
-    add("--lr-schedule", choices=SCHEDULES, default="constant", help="|".join(SCHEDULES) + ", as in train_gpt2.cu")
-    add("--warmup", type=cli.natural, default=0, help="steps of linear warm-up; constant has none")
-    add("--final-lr-frac", type=cli.fraction, default=1.0, help="learning rate at the end, in parts of -l")
-    add("--weight-decay", type=cli.natural_float, default=0.0, help="decoupled")
-    add("--decay-all", type=cli.flag01, default=True, help="1: every tensor decays (train_gpt2.c), 0: matrices (.cu)")
-    add("--beta2", type=cli.fraction, default=0.999, help="of AdamW; beta1 is 0.9, eps 1e-8")
-    add("--grad-clip", type=cli.natural_float, default=0.0, help="largest gradient norm, 0: no limit")
-    add = parser.add_argument_group("evaluation").add_argument
-    add("-v", "--val-every", type=cli.natural, default=20, help="steps between validations, 0: first and last step")
-    add("-m", "--val-batches", type=cli.any_int, default=20, help="batches of a validation, -1: all")
-    add("-s", "--sample-every", type=cli.natural, default=20, help="steps between samples, 0: no samples")
-    add("-g", "--sample-tokens", type=cli.natural, default=64, help="positions of a sample")
-    return parser
-
-
-def parse_arguments(argv: list[str] | None) -> tuple:
-    """-> (settings, the Model to start from, its TrainState if --resume was given, (FC1, FC2) bandwidths)."""
-    parser = arguments()
-    args, state = parser.parse(argv), None
-    if args.resume:
-        if "model" in parser.explicit(argv):
-            raise UserError("--resume given together with -e", "--resume names the checkpoint to go on from", 2)
-        model, state = load_checkpoint(args.resume)
-        args = parser.parse(argv, saved=state.options | {"model": args.resume, "checkpoint": args.resume})
-    else:
-        model = read_model(args.model)
-    if model.kind not in (DENSE, BANDED):
-        raise UserError(f"{args.model}: kind {model.kind}, expected a dense or banded GPT-2", "use its own trainer")
-    return args, model, state, choose_bands(args, parser.explicit(argv), model)
-
-
-def choose_bands(args, typed: set[str], model: Model) -> tuple[int, int]:
-    """(FC1, FC2) bandwidths, 0 = dense: the flags', else the model file's, else 256 for FC1."""
-    saved = model.fields[:2] if model.kind == BANDED else (0, 0)
-    by_w, by_12 = typed & {"bandwidth", "dense"}, typed & {"fc1_bandwidth", "fc2_bandwidth"}
-    if by_w and by_12:
-        raise UserError("-w or -d given together with -1 or -2", "-w N is -1 N -2 0: keep to one of the two", 2)
-    if args.resume:
-        if by_w or by_12:
-            hint = f"for another band start a new run from its weights: -e {args.resume}"
-            raise UserError("--resume keeps the bands of the checkpoint, -w, -d, -1 and -2 cannot change them", hint, 2)
-        return saved
-    if by_12:
-        return args.fc1_bandwidth or 0, args.fc2_bandwidth or 0
-    if args.dense:
-        return 0, 0
-    if args.bandwidth is not None:
-        return max(args.bandwidth, 1), 0  # -w 0 keeps the centres alone, and so does 1: here 0 is not dense
-    return saved if model.kind == BANDED else (256, 0)
-
-
-def default_data(V: int, split: str) -> str:
-    """The "train" or "val" tokens that there are for a vocabulary of V."""
-    data = Path(os.path.relpath(Path(__file__).parent)) / "data"
-    tinystories = data / "tinystories" / f"TinyStories_{split}.bin"
-    if V != BYTE_VOCAB and tinystories.exists():
-        return str(tinystories)
-    return str(data / "shakespeare" / f"shakespeare_{'byte_' if V == BYTE_VOCAB else ''}{split}.bin")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# what is printed before the first step
-
-
-def print_options(args, bands: tuple[int, int]):
-    fc1, fc2 = bands
-    table.heading()
-    if as_00009(args, bands):
-        table.row("FC1 bandwidth", fc1, "%d")
-        table.row("FC2 bandwidth", fc2, "%d")
-        banded = " + ".join(name for name, bandwidth in (("FC1", fc1), ("FC2", fc2)) if bandwidth)
-        only = "" if fc1 and fc2 else " only"
-        table.row("Sparsity mode", f"BANDED ({banded}{only})" if banded else "DENSE (no sparsity)")
-    else:
-        print(
-            f"| BANDED SPARSITY       | {'ENABLED' if fc1 else 'DISABLED'} (bandwidth={fc1})                          |"
-        )
-    table.row("model path", args.model)
-    table.row("checkpoint path", args.checkpoint)
-    table.row("checkpoint_every", args.checkpoint_every, "%d")
-    table.row("train data pattern", args.train_data)
-    table.row("val data pattern", args.val_data)
-    table.row("output log file", args.log)
-    table.row("max_steps", args.steps, "%d")
-    table.row("batch size B", args.batch_size, "%d")
-    table.row("sequence length T", args.seq_len, "%d")
-    table.row("learning rate", args.lr, "%f")
-    table.row("val_loss_every", args.val_every, "%d")
-    table.row("val_max_steps", args.val_batches, "%d")
-    table.row("sample_every", args.sample_every, "%d")
-    table.row("genT", args.sample_tokens, "%d")
-    table.rule()
-
-
-def as_00009(args, bands: tuple[int, int]) -> bool:
-    """Whether the table is experiment 00009's (two bands) or 00007's (one)."""
-    return bool(args.fc1_bandwidth is not None or args.fc2_bandwidth is not None or bands[1])
-
-
-def print_model(device, config: GPT2Config):
-    table.row("device", device.describe())
-    table.row("TF32", "disabled")
-    table.rule()
-    table.row("max_sequence_length T", config.maxT, "%d")
-    table.row("vocab_size V", config.V, "%d")
-    table.row("padded_vocab_size Vp", config.Vp, "%d")
-    table.row("num_layers L", config.L, "%d")
-    table.row("num_heads NH", config.NH, "%d")
-    table.row("channels C", config.C, "%d")
-    table.row("num_parameters", num_parameters(config), "%d")
-    table.rule()
-
-
-def print_bands(device, args, config: GPT2Config, bands: tuple[int, int]):
-    """The reference's mask rows, with exact counts; a warning for a band that leaves nothing out."""
-    L, C = config.L, config.C
-    sizes, full = {"FC1": (4 * C, C), "FC2": (C, 4 * C)}, 4 * C * C
-    two = as_00009(args, bands)
-    for (name, size), bandwidth in zip(sizes.items(), bands):
-        if bandwidth:
-            kept = device.band_count(*size, bandwidth)
-            density = f"bandwidth={bandwidth}, density={100 * kept / full:.1f}%"
-            print(f"| {name} banded mask       | {density}                       |")
-            print(f"| {name} connections       | {L * kept} / {L * full} (per layer: {kept} / {full})              |")
-            if kept == full:
-                print(f"WARNING: {name} bandwidth {bandwidth} covers all of {size[0]} x {size[1]}: {name} is dense")
-        elif two:
-            print(f"| {name}                   | DENSE (bandwidth=0)                                |")
-    if any(bands):
-        mode = "initial weights masked" if args.mask_init else "gradients + post-update only"
-        label = "Mask mode" if two else "FC1 mask applied" if args.mask_init else "FC1 mask mode"
-        table.row(label, mode)
-    table.rule()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
@@ -403,73 +310,55 @@ def sample(model: GPT2, tokenizer: Tokenizer | None, sampler: Sampler, count: in
     print("\n---", flush=True)
 
 
-def save(args, model: GPT2, step: int, train_loader: DataLoader, sampler: Sampler):
-    """Write checkpoint and optimizer state for a run that goes on at `step`."""
-    bands = model.fc1_bandwidth, model.fc2_bandwidth
-    if model.m_flat is None:
-        model.allocate_moments()
-    to_host, shard, position = model.ops.to_host, train_loader.shard, train_loader.sample
-    kind = BANDED if any(bands) else DENSE
-    file = Model(model.config, to_host(model.params_flat), step, shard, position, kind, bands)
-    moments = to_host(model.m_flat), to_host(model.v_flat)
-    options = {name: value for name, value in vars(args).items() if name not in ("model", "checkpoint", "resume")}
-    print(f"saving checkpoint to {args.checkpoint}")
-    save_checkpoint(
-        args.checkpoint, file, TrainState(step, sampler.state, shard, position, *moments, train_loader.state(), options)
-    )
+def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
+    """Write the checkpoint, and the optimizer state for a run that goes on at `step`."""
+    host, bands = model.ops.to_host, (model.fc1_bandwidth, model.fc2_bandwidth)
+    position, kind = (loader.shard, loader.sample), BANDED if any(bands) else DENSE
+    file = Model(model.config, host(model.params_flat), step, *position, kind, bands)
+    moments = host(model.m_flat), host(model.v_flat)
+    state = TrainState(step, sampler.state, *position, *moments, loader.state(), options.saved_options(args))
+    print(f"saving checkpoint to {args.checkpoint}", flush=True)
+    save_checkpoint(args.checkpoint, file, state)
     megabytes = os.path.getsize(args.checkpoint) / 2**20
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
 
 
-def stop(args, model: GPT2, step: int, train_loader: DataLoader, sampler: Sampler, save_needed: bool):
-    """After Ctrl-C or SIGTERM: save if there is where to and what, and say how to go on."""
-    if args.checkpoint and save_needed:
-        save(args, model, step, train_loader, sampler)
-    if args.checkpoint and os.path.exists(args.checkpoint):
-        print(f"stopped after {step} steps; go on with: python train_banded.py --resume {args.checkpoint}")
-    else:
-        print(f"stopped after {step} steps; nothing was saved (-c FILE names a checkpoint)")
-
-
 def main(argv: list[str] | None = None) -> int:
-    args, file, state, bands = parse_arguments(argv)
-    config, start = file.config, state.step if state else 0
-    args.seq_len = args.seq_len or min(1024, config.maxT)
-    if args.seq_len > config.maxT:
-        raise UserError(f"-t {args.seq_len}: {args.model} has positions for {config.maxT}", f"-t {config.maxT}", 2)
-    if args.sample_tokens > config.maxT:
-        raise UserError(
-            f"-g {args.sample_tokens}: {args.model} has positions for {config.maxT}", f"-g {config.maxT}", 2
-        )
-    args.train_data = args.train_data or default_data(config.V, "train")
-    args.val_data = args.val_data or default_data(config.V, "val")
-    B, T, grad_accum = args.batch_size, args.seq_len, args.grad_accum
+    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
+    parser = arguments()
+    typed = parser.explicit(argv)
+    if typed & BY_W and typed & BY_12:
+        raise UserError("-w or -d given together with -1 or -2", "-w N is -1 N -2 0: keep to one of the two", 2)
+    args, file, state = options.parse_options(parser, argv)
+    bands = choose_bands(args, typed, file)
+    config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device)
     tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
-
-    train_data = args.val_data if args.overfit_batch else args.train_data
-    shuffle, seed = args.shuffle and not args.overfit_batch, args.seed or 42
-    train_loader = DataLoader(train_data, B, T, vocab_size=config.V, shuffle=shuffle, seed=seed)
-    val_loader = DataLoader(args.val_data, B, T, vocab_size=config.V)
     sampler = Sampler(args.seed or 1337)
-    if state:
-        train_loader.restore(state.shard, state.sample, state.shuffle)
-        sampler.state = state.rng_state
+
+    # the data; one batch to overfit is the first of the validation data, as in train_gpt2.cu
+    train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
+    train_loader = DataLoader(train_data, B, T, vocab_size=config.V, shuffle=shuffle, seed=args.seed or 42)
+    val_loader = DataLoader(args.val_data, B, T, vocab_size=config.V)
+    start = state.step if state else 0
     steps = args.steps if args.steps > 0 else train_loader.num_batches // grad_accum
-    val_batches = min(args.val_batches, val_loader.num_batches) if args.val_batches > 0 else val_loader.num_batches
     if start >= steps:
         raise UserError(f"-n {steps}: {args.model} is at step {start} already", "-n is the number of steps in all")
+    val_batches = val_loader.num_batches if args.val_batches <= 0 else min(args.val_batches, val_loader.num_batches)
 
-    print_options(args, bands)
-    print_model(device, config)
-    print_bands(device, args, config, bands)
-    table.row("train_num_batches", steps, "%d")
-    table.row("val_num_batches", val_batches, "%d")
-    table.rule()
+    table.heading()
+    print_bands(args, bands)
+    options.print_options(args)
+    options.print_model(device.describe(), config)
+    print_masks(device, args, config, bands)
+    options.print_workload(steps, val_batches)
+
     print(f"allocated {file.params.nbytes >> 20} MiB for model parameters")
     model = GPT2(device, config, file.params, B, T, *bands)
     if state:
         model.allocate_moments(state.m, state.v)
+        train_loader.restore(state.shard, state.sample, state.shuffle)
+        sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     elif args.mask_init:
         model.mask_weights()
@@ -482,43 +371,46 @@ def main(argv: list[str] | None = None) -> int:
         for step in range(start, steps + 1):
             last_step = step == steps
             if interrupt.signal:
-                stop(args, model, step, train_loader, sampler, save_needed=step > start)
+                if args.checkpoint and step > start:
+                    save(args, model, step, train_loader, sampler)
                 break
-            if last_step or step == start == 0 or (args.val_every and step % args.val_every == 0):
+            if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
                 val_loss = evaluate(model, val_loader, val_batches)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
                 save(args, model, step, train_loader, sampler)
-            if args.sample_every and (last_step or (step > 0 and step % args.sample_every == 0)):
+            if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 sample(model, tokenizer, sampler, args.sample_tokens)
             if last_step:
                 break
 
             started = time.perf_counter()
-            loss = 0.0
             if args.overfit_batch:
                 train_loader.reset()
+            loss = 0.0
             for micro_step in range(grad_accum):
                 loss += model.forward(*train_loader.next_batch(), grad_accum) / grad_accum
                 model.backward(first=micro_step == 0)
             if not math.isfinite(loss):
-                raise UserError(
-                    f"step {step + 1}: train loss is {loss}; the weights are spoilt, nothing is saved",
-                    "lower -l, or limit gradients with --grad-clip 1",
-                )
+                hint = "lower -l, or limit gradients by --grad-clip 1"
+                raise UserError(f"train loss {loss} at step {step + 1}: the run cannot go on, nothing was saved", hint)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
             elapsed = time.perf_counter() - started
             seconds += elapsed
             rate = int(B * T * grad_accum / elapsed)
             print(f"step {step + 1:4d}/{steps}: train loss {loss:f} ({elapsed * 1000:f} ms, {rate} tok/s)", flush=True)
-            if norm is not None or args.lr_schedule != "constant":
-                print(f"lr {lr:.2e}" + (f" norm {norm:.4f}" if norm is not None else ""))
+            if norm is not None:
+                print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
             log.train(step, loss)
     log.close()
+
     if interrupt.signal:
+        saved = args.checkpoint and os.path.exists(args.checkpoint)
+        how = f"go on with: python train_banded.py --resume {args.checkpoint}" if saved else "no -c: nothing was saved"
+        print(f"stopped after {step} steps; {how}")
         return interrupt.exit_code
     print(f"total average iteration time: {seconds / (steps - start) * 1000:f} ms")
     if args.checkpoint:

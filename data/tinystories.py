@@ -103,10 +103,15 @@ def shard_tokens(path: Path, place: int) -> np.ndarray:
     return np.concatenate([np.array([eot, *encoding.encode_ordinary(story)], np.uint16) for story in stories])
 
 
+def end_silently() -> None:
+    """Let SIGINT and SIGTERM end a worker at once and without a word: the parent reports."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def tokenised(shards: list[Path], workers: int) -> Iterator[np.ndarray]:
     """shard_tokens of each shard, in order. Shards in memory: one a worker, and as many waiting for their turn."""
-    # SIG_DFL: Ctrl-C ends the workers at once and without a word
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)) as pool:
+    with ProcessPoolExecutor(workers, initializer=end_silently) as pool:
         pending = deque()
         try:
             for place, path in enumerate(shards):
@@ -144,10 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--download-only", action="store_true", help="download and unpack, do not tokenise")
     cores = os.cpu_count() or 1
     parser.add_argument(
-        "--workers", type=positive_int, default=cores, help="processes that tokenise, 1 GB of memory each"
+        "--workers", type=positive_int, default=cores, help="processes that tokenise, 0.5 GB of memory each"
     )
     args = parser.parse(argv)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, or the workers would outlive this process
     make_folder(args.out_dir)
     shards = fetch_shards(args.out_dir)
     print(f"{len(shards)} shards in {shown(shards[0].parent)}")

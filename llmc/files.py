@@ -46,16 +46,28 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         raise explain_os_error(error, path, "writing") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike, flag: str) -> None:
+    """Raise UserError naming `flag` unless atomic_write could make `path`: better told before an hour of training."""
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}", f"mkdir -p {path.parent}")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{flag} {path}: not an ordinary file", "name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag} {path}: its folder may not be written to", "check its owner and mode (ls -ld)")
 
 
 def read_header(file: BinaryIO, path: str | os.PathLike, magic: int, versions: tuple[int, ...], what: str, hint: str):

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tarfile
@@ -470,6 +471,9 @@ def stories_url(server, monkeypatch):
     monkeypatch.setattr(tinystories, "URL", server.url + "all.tar.gz")
     monkeypatch.setattr(tinystories, "DISK_BYTES", 1000)
     server.files["/all.tar.gz"] = archive_of(SHARDS)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def llmc_tokens(shard: int, place: int) -> list[int]:

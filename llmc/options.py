@@ -1,0 +1,138 @@
+"""The options that every trainer has, their checks, and their rows in the parameter table.
+
+Single letters are train_gpt2_fp32.cu's and the banded trainers'; what those lack has a long name only.
+"""
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from llmc import table
+from llmc.checkpoint import GPT2Config, Model, num_parameters, read_model
+from llmc.cli import ArgumentParser, any_int, flag01, fraction, natural, natural_float, positive_float, positive_int
+from llmc.errors import UserError
+from llmc.files import check_writable
+from llmc.resume import load_checkpoint
+from llmc.schedulers import SCHEDULES
+from llmc.state import TrainState
+from llmc.tokenizer import BYTE_VOCAB
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SAVED = ("model", "checkpoint", "resume")  # a resumed run has these from its own command line
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of all trainers to `parser`."""
+    add = parser.add_argument_group("files").add_argument
+    add("-e", "--model", default="model.bin", help="model file to start from")
+    add("-c", "--checkpoint", help="where to save model and optimizer state; none: nothing is saved")
+    add("-k", "--checkpoint-every", type=natural, default=0, help="steps between saves, 0: at the end only")
+    add("-i", "--train-data", help="pattern of the training shards (default: TinyStories if there, else Shakespeare)")
+    add("-j", "--val-data", help="pattern of the validation shards (default: as for -i)")
+    add("-o", "--log", help="log file of s:STEP tel:LOSS and s:STEP trl:LOSS lines")
+    add("--tokenizer", help="tokenizer file for the samples (default: the model's, here or beside it)")
+    add("--resume", metavar="CHECKPOINT", help="go on from this checkpoint with its settings; flags typed win")
+    add = parser.add_argument_group("workload").add_argument
+    add("-n", "--steps", type=any_int, default=-1, help="optimizer steps in all, 0 or less: one epoch")
+    add("-b", "--batch-size", type=positive_int, default=4, help="rows B of a batch")
+    add("-t", "--seq-len", type=positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
+    add("--grad-accum", type=positive_int, default=1, help="batches in a step")
+    add("--shuffle", type=flag01, default=True, help="1: shuffle shards and samples, as llm.c does")
+    add("--seed", type=positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
+    add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, cpu or cuda")
+    add = parser.add_argument_group("optimization").add_argument
+    add("-l", "--lr", type=positive_float, default=3e-4, help="learning rate")
+    add("--lr-schedule", choices=SCHEDULES, default="constant", help=", ".join(SCHEDULES) + "; as in train_gpt2.cu")
+    add("--warmup", type=natural, default=0, help="steps of linear warm-up; constant has none")
+    add("--final-lr-frac", type=fraction, default=1.0, help="learning rate at the end, in parts of -l")
+    add("--weight-decay", type=natural_float, default=0.0, help="decoupled")
+    add("--decay-all", type=flag01, default=True, help="1: every tensor decays (train_gpt2.c), 0: matrices (.cu)")
+    add("--beta2", type=fraction, default=0.999, help="of AdamW; beta1 is 0.9, eps 1e-8")
+    add("--grad-clip", type=natural_float, default=0.0, help="largest gradient norm, 0: no limit")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("-v", "--val-every", type=natural, default=20, help="steps between validations, 0: first and last step")
+    add("-m", "--val-batches", type=any_int, default=20, help="batches of a validation, 0 or less: all")
+    add("-s", "--sample-every", type=natural, default=20, help="steps between samples, 0: no samples")
+    add("-g", "--sample-tokens", type=natural, default=64, help="positions of a sample")
+
+
+def parse_options(parser: ArgumentParser, argv: list[str] | None) -> tuple[Namespace, Model, TrainState | None]:
+    """-> settings, the Model to start from, and its TrainState if --resume was given.
+
+    A resumed run takes its settings from the checkpoint where none is typed. Fills in the defaults that depend on the
+    model. Raises UserError for what cannot work, before anything is written.
+    """
+    args, state = parser.parse(argv), None
+    if args.resume:
+        if "model" in parser.explicit(argv):
+            raise UserError("--resume given together with -e", "--resume names the checkpoint to go on from", 2)
+        model, state = load_checkpoint(args.resume)
+        args = parser.parse(argv, saved=state.options | {"model": args.resume, "checkpoint": args.resume})
+    else:
+        model = read_model(args.model)
+    config = model.config
+    args.seq_len = args.seq_len or min(1024, config.maxT)
+    for flag, value in (("-t", args.seq_len), ("-g", args.sample_tokens)):
+        if value > config.maxT:
+            raise UserError(f"{flag} {value}: {args.model} has {config.maxT} positions", f"{flag} {config.maxT}", 2)
+    args.train_data = args.train_data or default_data(config.V, "train")
+    args.val_data = args.val_data or default_data(config.V, "val")
+    if args.checkpoint:
+        check_writable(args.checkpoint, "-c")
+    return args, model, state
+
+
+def default_data(V: int, split: str) -> str:
+    """The "train" or "val" tokens that there are for a vocabulary of V, as a path from the current folder."""
+    data = Path(os.path.relpath(ROOT / "data"))
+    tinystories = data / "tinystories" / f"TinyStories_{split}.bin"
+    if V != BYTE_VOCAB and tinystories.exists():
+        return str(tinystories)
+    return str(data / "shakespeare" / f"shakespeare_{'byte_' if V == BYTE_VOCAB else ''}{split}.bin")
+
+
+def saved_options(args: Namespace) -> dict:
+    """The settings that a checkpoint keeps for the run that resumes it."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+
+
+def print_options(args: Namespace) -> None:
+    """The rows of the options that the C trainers have too."""
+    table.row("model path", args.model)
+    table.row("checkpoint path", args.checkpoint)
+    table.row("checkpoint_every", args.checkpoint_every, "%d")
+    table.row("train data pattern", args.train_data)
+    table.row("val data pattern", args.val_data)
+    table.row("output log file", args.log)
+    table.row("max_steps", args.steps, "%d")
+    table.row("batch size B", args.batch_size, "%d")
+    table.row("sequence length T", args.seq_len, "%d")
+    table.row("learning rate", args.lr, "%f")
+    table.row("val_loss_every", args.val_every, "%d")
+    table.row("val_max_steps", args.val_batches, "%d")
+    table.row("sample_every", args.sample_every, "%d")
+    table.row("genT", args.sample_tokens, "%d")
+    table.rule()
+
+
+def print_model(device: str, config: GPT2Config) -> None:
+    """The rows of the device and of the model's sizes."""
+    table.row("device", device)
+    table.row("TF32", "disabled")
+    table.rule()
+    table.row("max_sequence_length T", config.maxT, "%d")
+    table.row("vocab_size V", config.V, "%d")
+    table.row("padded_vocab_size Vp", config.Vp, "%d")
+    table.row("num_layers L", config.L, "%d")
+    table.row("num_heads NH", config.NH, "%d")
+    table.row("channels C", config.C, "%d")
+    table.row("num_parameters", num_parameters(config), "%d")
+    table.rule()
+
+
+def print_workload(steps: int, val_batches: int) -> None:
+    """The last rows of the table."""
+    table.row("train_num_batches", steps, "%d")
+    table.row("val_num_batches", val_batches, "%d")
+    table.rule()
