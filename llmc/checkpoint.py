@@ -31,6 +31,7 @@ from llmc.files import (
 MAGIC = 20240326
 FLOAT32, BFLOAT16 = 3, 5  # versions
 DENSE, BANDED, SPARSE_ATTENTION, TOROIDAL = range(4)  # kinds
+BLOCK = 1 << 22  # values written at a time
 MAX_FIELDS = HEADER_INTS - EXTENSION - 4
 HINT = "make model writes a random one, python data/starter_pack.py fetches OpenAI's"
 
@@ -174,7 +175,10 @@ def write_model(path: str | os.PathLike, model: Model) -> None:
     header[8:11] = model.step, model.shard, model.sample
     header[EXTENSION : EXTENSION + 4] = EXTENSION_MAGIC, EXTENSION_VERSION, model.kind, model.extra.size
     header[EXTENSION + 4 : EXTENSION + 4 + len(model.fields)] = model.fields
-    params = to_bfloat16(model.params) if model.version == BFLOAT16 else np.ascontiguousarray(model.params, "<f4")
+    params = np.ascontiguousarray(model.params, "<f4")
     with atomic_write(path) as file:
-        for part in (header, params, np.ascontiguousarray(model.extra, "<f4")):
-            file.write(part.data)
+        file.write(header.data)
+        for start in range(0, params.size, BLOCK):  # converting takes several times the block's memory
+            block = params[start : start + BLOCK]
+            file.write((to_bfloat16(block) if model.version == BFLOAT16 else block).data)
+        file.write(np.ascontiguousarray(model.extra, "<f4").data)

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from llmc.checkpoint import GPT2Config, named_views, num_parameters, tensor_shapes
+from llmc.checkpoint import MATRICES, GPT2Config, named_views, num_parameters, tensor_shapes
 
 STD = 0.02
-MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # the order of drawing
 RESIDUAL_PROJECTIONS = ("attprojw", "fcprojw")
 LAYERNORM_WEIGHTS = ("ln1w", "ln2w", "lnfw")
 
@@ -14,8 +13,8 @@ def gpt2_init(config: GPT2Config, seed: int) -> np.ndarray:
     """All parameters of a fresh GPT-2, flat float32 in file order; nothing but this one array is allocated.
 
     Matrices ~ N(0, 0.02), those that write to the residual stream ~ N(0, 0.02 / sqrt(2 L)), layernorm weights 1,
-    biases 0, and 0 for the rows of wte beyond V. Drawn from numpy.random.default_rng(seed) in the order of MATRICES,
-    each over all layers at once, so a seed gives the same model everywhere. llm.c's Python and CUDA programs draw the
+    biases 0, and 0 for the rows of wte beyond V. Drawn from numpy.random.default_rng(seed) in file order, each matrix
+    over all layers at once, so a seed gives the same model everywhere. llm.c's Python and CUDA programs draw the
     same distribution from PyTorch's generator, layer by layer.
     """
     params = np.zeros(num_parameters(config), np.float32)

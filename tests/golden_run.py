@@ -1,0 +1,86 @@
+"""The input files of the golden runs, and how train_banded.py is called to repeat them.
+
+python tests/golden_run.py FOLDER    writes model, shards and tokenizer, repeats the three runs there and compares
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llmc.checkpoint import GPT2Config, Model, write_model  # noqa: E402
+from llmc.dataloader import write_tokens  # noqa: E402
+from llmc.errors import UserError, run  # noqa: E402
+from llmc.init import gpt2_init  # noqa: E402
+from llmc.tokenizer import Tokenizer  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = GPT2Config(maxT=64, V=510, L=2, NH=4, C=64, Vp=512)
+STRIDE = 13  # which parameters, logits and gradients golden.npz keeps
+WORKLOAD = [
+    "-e",
+    "model.bin",
+    "-i",
+    "train_*.bin",
+    "-j",
+    "val_0000.bin",
+    "-t",
+    "32",
+    "-b",
+    "4",
+    "-n",
+    "41",
+    "-l",
+    "3e-4",
+    "-v",
+    "10",
+    "-m",
+    "5",
+    "-s",
+    "0",
+]
+RUNS = {
+    "dense": ["-d", "1"],
+    "fc1_w64_maskinit": ["-w", "64"],
+    "both_96_64_nomaskinit": ["-1", "96", "-2", "64", "--mask-init", "0"],
+}
+
+
+def load() -> dict[str, np.ndarray]:
+    """The arrays of golden.npz by name."""
+    with np.load(GOLDEN / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+def write_inputs(folder: Path) -> None:
+    """Write the runs' model.bin, shards and tokenizer.bin."""
+    write_model(folder / "model.bin", Model(CONFIG, gpt2_init(CONFIG, seed=11)))
+    for name in ("train_0000", "train_0001", "val_0000"):
+        write_tokens(folder / f"{name}.bin", load()[name])
+    words = [bytes([byte]) for byte in range(256)] + [b" w%d" % i for i in range(256, 509)]
+    Tokenizer([*words, b"<|endoftext|>"], eot=509).write(folder / "tokenizer.bin")
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        raise UserError("one argument expected: the folder to write to", "python tests/golden_run.py FOLDER", 2)
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_inputs(folder)
+    status = 0
+    for name, band in RUNS.items():
+        print(f"== {name}", flush=True)
+        command = [sys.executable, str(ROOT / "train_banded.py"), *WORKLOAD, *band, "-c", f"{name}.bin"]
+        with open(folder / f"{name}.txt", "w") as capture:
+            subprocess.run(command, cwd=folder, stdout=capture, check=True)
+        diff = [sys.executable, "-m", "llmc.diff", folder / f"{name}.txt", GOLDEN / f"{name}.log", "--tol", "2e-5"]
+        status |= subprocess.run(diff, cwd=ROOT).returncode
+    return status
+
+
+if __name__ == "__main__":
+    run(main)
