@@ -76,8 +76,10 @@ def parse_options(parser: ArgumentParser, argv: list[str] | None) -> tuple[Names
     for flag, value in (("-t", args.seq_len), ("-g", args.sample_tokens)):
         if value > config.maxT:
             raise UserError(f"{flag} {value}: {args.model} has {config.maxT} positions", f"{flag} {config.maxT}", 2)
-    args.train_data = args.train_data or default_data(config.V, "train")
-    args.val_data = args.val_data or default_data(config.V, "val")
+    if args.train_data is None:
+        args.train_data = default_data(config.V, "train")
+    if args.val_data is None:
+        args.val_data = default_data(config.V, "val")
     if args.checkpoint:
         check_writable(args.checkpoint, "-c")
     return args, model, state

