@@ -37,11 +37,13 @@ $(VENV)/ready: requirements.txt requirements-data.txt
 	@touch $@
 
 data: setup $(DATA) gpt2_tokenizer.bin  ## the default corpus, Shakespeare's plays, and the GPT-2 tokenizer file
-$(DATA) gpt2_tokenizer.bin &:
+$(DATA): | $(VENV)/ready
 	$(PY) data/shakespeare.py
+gpt2_tokenizer.bin: | $(DATA)
+	@test -f $@ || $(PY) data/shakespeare.py
 
 model: setup model.bin  ## model.bin: a random GPT-2 of 7.3M parameters
-model.bin:
+model.bin: | $(VENV)/ready
 	$(PY) data/create_model.py --preset tiny -o model.bin
 
 $(VENV)/test-ready: $(VENV)/ready requirements-test.txt

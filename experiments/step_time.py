@@ -59,11 +59,8 @@ def torch_step(config: GPT2Config, B: int, T: int):
     tensors = named_views(gpt2_init(config, 1), tensor_shapes(config))
     p = {name: torch.nn.Parameter(torch.from_numpy(tensor.copy())) for name, tensor in tensors.items()}
     p["wte"] = torch.nn.Parameter(p["wte"].detach()[: config.V].clone())
-    layered = {
-        name: tensor for name, tensor in p.items() if tensor.shape[0] == config.L and name[:3] not in ("wte", "wpe")
-    }
-    for name in layered:  # a parameter for each layer, as modules have them
-        p[name] = [torch.nn.Parameter(layer.detach().clone()) for layer in layered[name]]
+    for name in set(p) - {"wte", "wpe", "lnfw", "lnfb"}:  # a parameter for each layer, as modules have them
+        p[name] = [torch.nn.Parameter(layer.detach().clone()) for layer in p[name]]
     leaves = [leaf for value in p.values() for leaf in (value if isinstance(value, list) else [value])]
     optimizer = torch.optim.AdamW(leaves, lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
