@@ -89,13 +89,9 @@ def write_matching_tokenizer(name: str, folder: Path) -> None:
 
 
 def training_command(name: str | None, path: Path) -> str:
-    """What to type next; only the GPT-2 vocabulary finds its data by itself."""
-    data = {
-        "gpt2": "",
-        "byte": " -i data/shakespeare/shakespeare_byte_train.bin -j data/shakespeare/shakespeare_byte_val.bin",
-        None: " -i TRAIN.bin -j VAL.bin",
-    }
-    return f"python train_banded.py -e {shown(path)}{data[name]}"
+    """What to type next; the named vocabularies find their data by themselves."""
+    data = "" if name else " -i TRAIN.bin -j VAL.bin"
+    return f"python train_banded.py -e {shown(path)}{data}"
 
 
 def main(argv: list[str] | None = None) -> None:
