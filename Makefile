@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 # of the short run that `make train_banded` makes; override on the command line: make train_banded N=500 W=128
-N ?= 100
+N ?= 400
 B ?= 4
 T ?= 64
 W ?= 256
@@ -17,7 +17,7 @@ help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 train_banded: setup data model  ## set up all that is missing, train a banded GPT-2 for N steps (W, B, T), show text
-	$(PY) train_banded.py -e model.bin -c checkpoint.bin -o log_banded.txt -w $(W) -n $(N) -b $(B) -t $(T) -v 20 -s 50 -l 1e-3
+	$(PY) train_banded.py -e model.bin -c checkpoint.bin -o log_banded.txt -w $(W) -n $(N) -b $(B) -t $(T) -v 50 -m 10 -s 200 -l 1e-3
 	@echo
 	@echo "more text:      $(PY) generate.py -e checkpoint.bin -p 'ROMEO:' -n 100"
 	@echo "a longer run:   $(PY) train_banded.py -e model.bin -w 256 -n 2000"

@@ -11,6 +11,7 @@ the older half of the text is forgotten and the newer half run again.
 import codecs
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -90,6 +91,7 @@ def print_text(tokens: Iterator[int], tokenizer: Tokenizer | None):
 
 
 def main(argv: list[str] | None = None) -> int:
+    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for weights that overflow: reported below, once
     args = arguments().parse(argv)
     model, file = open_model(args.checkpoint, args.device)
     config = file.config
@@ -106,16 +108,13 @@ def main(argv: list[str] | None = None) -> int:
     print(f"Vocab: {config.V}, MaxSeq: {config.maxT}, Channels: {config.C}\n---\nGenerating:", flush=True)
     sys.stdout.buffer.write(args.prompt.encode())
     sampler = Sampler(seed)
-    print_text(
-        generate(
-            model,
-            tokens,
-            args.tokens,
-            lambda logits: draw(logits, sampler, args.temperature, args.top_k, args.top_p),
-            args.cache,
-        ),
-        tokenizer,
-    )
+
+    def choose(logits: np.ndarray) -> int:
+        if not np.isfinite(logits).all():
+            raise UserError(f"{args.checkpoint}: its logits are not finite", "take a model whose training did not fail")
+        return draw(logits, sampler, args.temperature, args.top_k, args.top_p)
+
+    print_text(generate(model, tokens, args.tokens, choose, args.cache), tokenizer)
     print("\n---")
     return 0
 

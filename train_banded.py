@@ -71,6 +71,8 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
     if model.kind not in (DENSE, BANDED):
         raise UserError(f"{args.model}: kind {model.kind}, expected a dense or banded GPT-2", "use its own trainer")
     saved = model.fields[:2] if model.kind == BANDED else (0, 0)
+    if min(saved) < 0:
+        raise UserError(f"{args.model}: bandwidths {saved[0]} and {saved[1]}, expected none below 0", "save it again")
     if args.resume:
         if typed & (BY_W | BY_12):
             hint = f"for another band start a new run from its weights: -e {args.resume}"
@@ -298,6 +300,13 @@ def evaluate(model: GPT2, loader: DataLoader, batches: int) -> float:
     return sum(model.forward(*loader.next_batch()) for _ in range(batches)) / batches
 
 
+def check_finite(name: str, loss: float, step: int, path: str):
+    """Raise UserError for a loss of NaN or infinity: nothing that follows may overwrite a good checkpoint."""
+    if not math.isfinite(loss):
+        message = f"{name} loss {loss} at step {step} of the run from {path}: it cannot go on, earlier saves stay"
+        raise UserError(message, "lower -l, limit gradients by --grad-clip 1, or start from another model file")
+
+
 def sample(model: GPT2, tokenizer: Tokenizer | None, sampler: Sampler, count: int):
     """Print `count` - 1 tokens drawn from the model after an end-of-text token, as the C trainers do."""
     print("generating:\n---", flush=True)
@@ -342,8 +351,12 @@ def main(argv: list[str] | None = None) -> int:
     val_loader = DataLoader(args.val_data, B, T, vocab_size=config.V)
     start = state.step if state else 0
     steps = args.steps if args.steps > 0 else train_loader.num_batches // grad_accum
+    if steps == 0:
+        found = f"{train_data} has {train_loader.num_batches} batches, fewer than one step takes"
+        raise UserError(f"--grad-accum {grad_accum}: {found}", "lower --grad-accum, or name the steps by -n")
     if start >= steps:
-        raise UserError(f"-n {steps}: {args.model} is at step {start} already", "-n is the number of steps in all")
+        hint = "-n is the number of steps in all, give a larger one"
+        raise UserError(f"-n {steps}: {args.model} is at step {start} already", hint)
     val_batches = val_loader.num_batches if args.val_batches <= 0 else min(args.val_batches, val_loader.num_batches)
 
     table.heading()
@@ -370,12 +383,13 @@ def main(argv: list[str] | None = None) -> int:
     with Interrupt() as interrupt:
         for step in range(start, steps + 1):
             last_step = step == steps
-            if interrupt.signal:
+            if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
                     save(args, model, step, train_loader, sampler)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
                 val_loss = evaluate(model, val_loader, val_batches)
+                check_finite("val", val_loss, step, args.model)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
@@ -393,9 +407,7 @@ def main(argv: list[str] | None = None) -> int:
             for micro_step in range(grad_accum):
                 loss += model.forward(*train_loader.next_batch(), grad_accum) / grad_accum
                 model.backward(first=micro_step == 0)
-            if not math.isfinite(loss):
-                hint = "lower -l, or limit gradients by --grad-clip 1"
-                raise UserError(f"train loss {loss} at step {step + 1}: the run cannot go on, nothing was saved", hint)
+            check_finite("train", loss, step + 1, args.model)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
             elapsed = time.perf_counter() - started
@@ -407,15 +419,17 @@ def main(argv: list[str] | None = None) -> int:
             log.train(step, loss)
     log.close()
 
-    if interrupt.signal:
-        saved = args.checkpoint and os.path.exists(args.checkpoint)
-        how = f"go on with: python train_banded.py --resume {args.checkpoint}" if saved else "no -c: nothing was saved"
+    if not last_step:
+        saved = args.checkpoint and (step > start or args.checkpoint == args.resume)
+        how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
+        if saved:
+            how = f"go on with: {options.command('train_banded.py', '--resume', args.checkpoint)}"
         print(f"stopped after {step} steps; {how}")
         return interrupt.exit_code
     print(f"total average iteration time: {seconds / (steps - start) * 1000:f} ms")
     if args.checkpoint:
-        print(f"text from it: python generate.py -e {args.checkpoint}")
-    return 0
+        print(f"text from it: {options.command('generate.py', '-e', args.checkpoint)}")
+    return interrupt.exit_code  # 0, but after a signal during the last step
 
 
 if __name__ == "__main__":

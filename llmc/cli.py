@@ -37,6 +37,8 @@ class ArgumentParser(argparse.ArgumentParser):
         """
         words = []
         for action, word, value in self._pairs(argv):
+            if value == "--":  # argparse would drop it
+                self._refuse(f"{word}: -- is no value")
             words.append(word if action is None or action.nargs == 0 else f"{action.option_strings[-1]}={value}")
         return self.parse_args(words, argparse.Namespace(**self._checked(saved or {})))
 

@@ -33,6 +33,8 @@ def run(main: Callable[[], int | None]) -> None:
     A UserError prints `error: ...` and `---> HINT: ...` on stderr, never a traceback. A closed pipe ends quietly.
     """
     # whole lines at once also into a pipe, and a file name that is no valid UTF-8 may be printed
+    # a stream that the caller closed is None, and a file opened later would get its number
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stderr.reconfigure(errors="backslashreplace")
     try:
@@ -50,6 +52,10 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
+    except OSError as error:  # of stdout: a file's is a UserError by now
+        print(f"error: writing the output: {error.strerror}\n---> HINT: is the disk full (df -h)?", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except MemoryError as error:
         print(f"error: out of memory: {error}\n---> HINT: lower -b or -t, or take a smaller model", file=sys.stderr)
         code = 1

@@ -4,6 +4,8 @@ Single letters are train_gpt2_fp32.cu's and the banded trainers'; what those lac
 """
 
 import os
+import shlex
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -92,6 +94,11 @@ def default_data(V: int, split: str) -> str:
     if V != BYTE_VOCAB and tinystories.exists():
         return str(tinystories)
     return str(data / "shakespeare" / f"shakespeare_{'byte_' if V == BYTE_VOCAB else ''}{split}.bin")
+
+
+def command(script: str, flag: str, path: str) -> str:
+    """What to type, in the current folder, to run `script` beside the one that runs now on the file `path`."""
+    return shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), script), flag, path])
 
 
 def saved_options(args: Namespace) -> dict:

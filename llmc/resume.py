@@ -24,7 +24,12 @@ def state_path(path: str | os.PathLike, step: int, params: np.ndarray, rank: int
     """
     path = Path(path)
     crc = zlib.crc32(np.ascontiguousarray(params, "<f4").data)
-    return path.with_name(f"{path.stem}_state_{step:08d}_{rank:05d}_{crc:08x}.bin")
+    return path.with_name(f"{base_name(path)}_state_{step:08d}_{rank:05d}_{crc:08x}.bin")
+
+
+def base_name(path: Path) -> str:
+    """The name without .bin; any other suffix belongs to it, or the states of lr_0.1 and lr_0.3 would be one run's."""
+    return path.name.removesuffix(".bin")
 
 
 def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState) -> None:
@@ -33,7 +38,7 @@ def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState) ->
     current = state_path(path, model.step, model.params, state.rank)
     write_state(current, state)
     write_model(path, model)
-    ours = re.compile(re.escape(path.stem) + rf"_state_\d{{8}}_{state.rank:05d}_[0-9a-f]{{8}}\.bin")
+    ours = re.compile(re.escape(base_name(path)) + rf"_state_\d{{8}}_{state.rank:05d}_[0-9a-f]{{8}}\.bin")
     for other in path.parent.iterdir():
         if ours.fullmatch(other.name) and other.name != current.name:
             try:

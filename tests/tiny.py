@@ -57,7 +57,7 @@ class Result:
 
 
 def call(capture, main, *argv) -> Result:
-    """What `main(argv)` does as a command, in this process; `capture` is pytest's capsysbinary."""
+    """What `main(argv)` does as a command, in this process; `capture` is pytest's capfdbinary."""
     capture.readouterr()
     try:
         run(lambda: main([str(word) for word in argv]))

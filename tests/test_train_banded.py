@@ -1,0 +1,885 @@
+"""train_banded.py as its users meet it: resumed, stopped, killed, mistyped, on a full disk; and what it computes."""
+
+import errno
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from tiny import CONFIG, B, T, check_refused, snapshot
+
+import train_banded
+from llmc.checkpoint import BANDED, DENSE, MATRICES, Model, named_views, read_model, tensor_shapes, write_model
+from llmc.dataloader import write_tokens
+from llmc.interrupt import Interrupt
+from llmc.logger import LINE
+from llmc.resume import load_checkpoint
+from llmc.tokenizer import Tokenizer, byte_tokenizer
+
+SCRIPT = "train_banded.py"
+NUMBER = r"-?[0-9]+\.[0-9]{6}"
+L, C = CONFIG.L, CONFIG.C
+FULL = 8 * C - 2  # the smallest bandwidth that leaves nothing out
+needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.make_folder(tmp_path / "run"))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def train(folder, capfdbinary):
+    """train("-w 8 -n 3", grad_accum=2) -> Result: the trainer on the tiny files, in this process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run with Ctrl-C ignored
+
+    def run(flags="", **changed):
+        return tiny.call(capfdbinary, train_banded.main, *tiny.options(**changed), *shlex.split(flags))
+
+    yield run
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def send_signal_at(monkeypatch):
+    """send_signal_at(step): the process gets a signal in the midst of that 0-based step."""
+    learning_rate = train_banded.learning_rate
+
+    def at(chosen, number=signal.SIGINT):
+        def then_signal(schedule, step, **settings):
+            if step == chosen:
+                os.kill(os.getpid(), number)
+            return learning_rate(schedule, step, **settings)
+
+        monkeypatch.setattr(train_banded, "learning_rate", then_signal)
+
+    return at
+
+
+def done(result):
+    assert result.code == 0, result
+    assert result.err == "", result
+    return result
+
+
+def losses(out):
+    """{1-based step: train loss} as printed."""
+    return {int(step): float(loss) for step, loss in re.findall(rf"^step +(\d+)/\d+: train loss ({NUMBER})", out, re.M)}
+
+
+def val_losses(out):
+    return [float(loss) for loss in re.findall(rf"^val loss ({NUMBER})$", out, re.M)]
+
+
+def texts(out):
+    return re.findall(r"^generating:\n---\n(.*?)\n---$", out, re.M | re.S)
+
+
+def assert_same_run(one, other):
+    """Two checkpoints agree in the model file's bytes, and in all that the state holds but the paths and -n."""
+    assert Path(one).read_bytes() == Path(other).read_bytes()
+    (_, a), (_, b) = load_checkpoint(one), load_checkpoint(other)
+    assert a.m.tobytes() == b.m.tobytes() and a.v.tobytes() == b.v.tobytes()
+    assert (a.step, a.rng_state, a.shard, a.sample) == (b.step, b.rng_state, b.shard, b.sample)
+    assert (a.shuffle is None) == (b.shuffle is None)
+    if a.shuffle:
+        for name in ("shard_indices", "intra_shard_indices", "mt_key"):
+            assert np.array_equal(getattr(a.shuffle, name), getattr(b.shuffle, name))
+        assert a.shuffle.mt_pos == b.shuffle.mt_pos
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# resume
+
+# an epoch is 7 samples, the shuffled shards hold 4 and 3: 20 steps see three epochs, and any stop leaves both
+# boundaries ahead
+EVENTS = "-v 3 -s 4"
+
+
+@pytest.mark.parametrize("stop", [4, 7, 10])
+@pytest.mark.parametrize(
+    "flags",
+    ["-w 16", "-1 8 -2 24 --mask-init 0 --shuffle 0", "-d 1 --grad-accum 2 --weight-decay 0.1", "--overfit-batch 1"],
+    ids=["FC1", "both", "accumulated", "overfitted"],
+)
+def test_a_resumed_run_equals_one_never_stopped(train, flags, stop):
+    whole = done(train(f"{flags} {EVENTS} -n 20 -c whole.bin -o whole.txt"))
+    first = done(train(f"{flags} {EVENTS} -n {stop} -c part.bin -o part.txt"))
+    second = done(train("--resume part.bin -n 20"))
+    assert_same_run("whole.bin", "part.bin")
+    assert Path("whole.txt").read_bytes() == Path("part.txt").read_bytes()
+    assert losses(first.out) | losses(second.out) == losses(whole.out) and len(losses(whole.out)) == 20
+    sampled = texts(whole.out)  # at 4, 8, 12, 16 and 20
+    assert len(sampled) == 5 and all(sampled)
+    assert texts(second.out) == sampled[(stop - 1) // 4 :]
+    if stop % 4 == 0:
+        assert texts(first.out) == sampled[: stop // 4]
+    assert f"Resuming from step {stop} (shard " in second.out
+
+
+def test_the_runs_above_cross_shards_and_epochs(train):
+    """The position after 4, 7, 10 and 20 steps: what the test above relies on."""
+    positions = []
+    for steps in (4, 7, 10, 20):
+        done(train(f"--shuffle 0 -n {steps} -c c.bin"))
+        state = load_checkpoint("c.bin")[1]
+        positions.append((state.shard, state.sample))
+    assert positions == [(0, 4), (1, 3), (0, 3), (1, 2)]
+
+
+@pytest.mark.parametrize("step", [0, 3, 12, 18])
+def test_ctrl_c_at_any_step_then_resumed_equals_a_run_never_stopped(train, send_signal_at, step):
+    flags = f"-w 16 {EVENTS} -n 20 --lr-schedule cosine --warmup 5"
+    done(train(f"{flags} -c whole.bin -o whole.txt"))
+    send_signal_at(step)
+    stopped = train(f"{flags} -c part.bin -o part.txt")
+    assert stopped.code == 130
+    assert stopped.err == "finishing this step; press Ctrl-C again to stop at once\n"
+    assert re.search(rf"^stopped after {step + 1} steps; go on with: python .*--resume part.bin$", stopped.out, re.M)
+    assert load_checkpoint("part.bin")[1].step == step + 1
+    send_signal_at(None)
+    done(train("--resume part.bin"))
+    assert_same_run("whole.bin", "part.bin")
+    assert Path("whole.txt").read_bytes() == Path("part.txt").read_bytes()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_last_step_lets_the_run_end(train, send_signal_at, number, code):
+    done(train(f"{EVENTS} -n 6 -c whole.bin -o whole.txt"))
+    send_signal_at(5, number)
+    result = train(f"{EVENTS} -n 6 -c part.bin -o part.txt")
+    assert result.code == code and "stopped after" not in result.out and "total average" in result.out
+    assert_same_run("whole.bin", "part.bin")
+    assert Path("whole.txt").read_bytes() == Path("part.txt").read_bytes()
+
+
+def test_sigterm_saves_as_well(train, send_signal_at):
+    send_signal_at(2, signal.SIGTERM)
+    result = train("-n 9 -c c.bin")
+    assert result.code == 143 and "stopped after 3 steps; go on with: " in result.out
+    assert load_checkpoint("c.bin")[1].step == 3
+
+
+def test_stopped_without_c_says_that_nothing_was_saved(train, folder, send_signal_at):
+    before = snapshot(folder)
+    send_signal_at(2)
+    result = train("-n 9")
+    assert result.code == 130 and "stopped after 3 steps; no -c: nothing was saved\n" in result.out
+    assert snapshot(folder) == before
+
+
+def test_stopped_before_the_first_step_leaves_an_older_checkpoint(train, folder, monkeypatch):
+    class Stopped(Interrupt):
+        def __enter__(self):
+            self.signal = signal.SIGINT
+            return self
+
+    done(train("-n 2 -c c.bin"))
+    before = snapshot(folder)
+    monkeypatch.setattr(train_banded, "Interrupt", Stopped)
+    result = train("-n 9 -c c.bin")
+    assert result.code == 130 and "stopped after 0 steps; nothing was saved\n" in result.out
+    result = train("--resume c.bin -n 9")
+    assert result.code == 130 and re.search("stopped after 2 steps; go on with: .* --resume c.bin\n", result.out)
+    assert snapshot(folder) == before
+
+
+def test_the_printed_commands_work_as_typed(tmp_path, capfdbinary):
+    """Names with spaces, quotes and glob characters, and the scripts called from another folder."""
+    folder = tiny.make_folder(tmp_path / "it's a [run] *")
+    (folder / "model.bin").rename(folder / "my model.bin")
+    flags = tiny.options(model="my model.bin", checkpoint="what's [this]*.bin", log="a log.txt", steps=100000)
+    process = tiny.start(SCRIPT, flags, folder)
+    while not process.stdout.readline().startswith(b"step    2/"):
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=tiny.TIMEOUT)
+    assert (process.returncode, err) == (130, b"finishing this step; press Ctrl-C again to stop at once\n")
+    steps, command = re.search(rb"stopped after (\d+) steps; go on with: (.*)\n$", out).groups()
+
+    def typed(command, *more):
+        words = shlex.split(command.decode())
+        assert words[0] == "python"
+        return subprocess.run(
+            [sys.executable, *words[1:], *more], cwd=folder, env=tiny.one_thread(), capture_output=True, check=True
+        ).stdout
+
+    out = typed(command, "-n", str(int(steps) + 3))
+    assert b"Resuming from step %s (" % steps in out and b"/%d: train loss" % (int(steps) + 3) in out
+    out = typed(re.search(rb"text from it: (.*)\n$", out)[1], "-n", "4")
+    assert b"Model: what's [this]*.bin\n" in out
+    log = (folder / "a log.txt").read_bytes().splitlines(keepends=True)
+    assert all(map(LINE.fullmatch, log)) and log[-1].startswith(b"s:%d tel:" % (int(steps) + 3))
+
+
+def test_a_second_ctrl_c_stops_at_once(folder):
+    before = snapshot(folder)
+    process = tiny.start(SCRIPT, [*tiny.options(grad_accum=10**6, steps=1), "-c", "c.bin"], folder)
+    while not process.stdout.readline().startswith(b"val loss"):
+        pass
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == b"finishing this step; press Ctrl-C again to stop at once\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(tiny.TIMEOUT) == -signal.SIGINT  # of a step that would take an hour
+    process.communicate()
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("saves", [1, 4])
+def test_killed_and_resumed_from_the_last_save(train, folder, saves):
+    flags = ["-w", "16", *EVENTS.split(), "-k", "3", "-c", "part.bin", "-o", "part.txt"]
+    process = tiny.start(SCRIPT, [*tiny.options(steps=100000), *flags], folder)
+    while saves:
+        saves -= process.stdout.readline().startswith(b"checkpoint saved")
+    process.kill()
+    process.communicate()
+    step = load_checkpoint("part.bin")[1].step
+    done(train(f"--resume part.bin -n {step + 9}"))
+    done(train(f"-w 16 {EVENTS} -n {step + 9} -c whole.bin -o whole.txt"))
+    assert_same_run("whole.bin", "part.bin")
+    assert Path("whole.txt").read_bytes() == Path("part.txt").read_bytes()
+
+
+def test_a_resumed_run_has_the_settings_of_the_first_and_those_typed(train):
+    done(train("-w 16 -l 0.002 --beta2 0.9 -v 2 -s 0 -n 2 -c c.bin -o log.txt"))
+    rows = table(done(train("--resume c.bin -n 4 -l 0.001")).out)
+    assert rows["learning rate"] == "0.001000" and rows["max_steps"] == "4"
+    assert (rows["val_loss_every"], rows["sample_every"], rows["genT"]) == ("2", "0", "12")
+    assert (rows["model path"], rows["checkpoint path"], rows["output log file"]) == ("c.bin", "c.bin", "log.txt")
+    assert load_checkpoint("c.bin")[1].options["beta2"] == 0.9
+
+
+def test_resume_into_another_checkpoint_leaves_the_first(train, folder):
+    done(train("-n 3 -c first.bin"))
+    before = snapshot(folder)
+    done(train("--resume first.bin -c second.bin -n 5"))
+    after = snapshot(folder)
+    assert {name: after[name] for name in before} == before
+    assert load_checkpoint("second.bin")[1].step == 5
+
+
+def test_checkpoints_side_by_side_keep_their_states(train):
+    """Only .bin is a suffix: lr_0.1 and lr_0.3 are two runs."""
+    names = ("lr_0.1", "lr_0.3", "lr_0", "lr.bin", "lr_0.bin.bin")
+    for name in names:
+        done(train(f"-n 2 -c {name}"))
+    for name in names:
+        assert load_checkpoint(name)[1].step == 2
+
+
+@pytest.mark.parametrize(
+    "flags, code, words",
+    [
+        ("--resume c.bin", 1, ["-n 2: c.bin is at step 2 already"]),
+        ("--resume c.bin -n 5 -e model.bin", 2, ["--resume given together with -e"]),
+        ("--resume c.bin -n 5 -w 8", 2, ["--resume keeps the bands", "-e c.bin"]),
+        ("--resume c.bin -n 5 -d 1", 2, ["--resume keeps the bands"]),
+        ("--resume c.bin -n 5 -2 8", 2, ["--resume keeps the bands"]),
+        ("--resume model.bin -n 5", 1, ["model.bin: no optimizer state beside it", "-e model.bin"]),
+        ("--resume none.bin -n 5", 1, ["reading none.bin: No such file"]),
+        ("--resume c.bin -n 5 -b 1", 1, ["resume with the same -i, -b and -t"]),
+        ("--resume c.bin -n 5 --shuffle 0", 1, ["shuffled", "--shuffle"]),
+        ("--resume c.bin -n 5 -i train_00.bin", 1, ["there are 1", "same -i"]),
+        ("--resume c.bin -n 5 -o c.bin", 1, ["-o c.bin: line 1 is"]),
+    ],
+)
+def test_what_cannot_be_resumed(train, folder, flags, code, words):
+    done(train("-w 16 -n 2 -c c.bin"))
+    before = snapshot(folder)
+    check_refused(train(flags, train_data=None, val_data=None, batch_size=None), *words, code=code)
+    assert snapshot(folder) == before
+
+
+def test_a_model_file_exchanged_under_its_state_is_not_resumed(train):
+    done(train("-n 2 -c c.bin"))
+    model = read_model("c.bin")
+    model.params[7] += 1
+    write_model("c.bin", model)
+    check_refused(train("--resume c.bin -n 4"), "c.bin: no optimizer state beside it")
+
+
+def test_the_same_command_twice_gives_the_same_bytes(tmp_path):
+    runs = []
+    for name in ("one", "two"):
+        folder = tiny.make_folder(tmp_path / name)
+        flags = [*tiny.options(steps=9), *shlex.split(f"-w 16 {EVENTS} -c c.bin -o log.txt -k 2")]
+        result = done(tiny.run_script(SCRIPT, flags, folder))
+        runs.append((snapshot(folder), without_times(result.out)))
+    assert runs[0] == runs[1]
+
+
+def without_times(out):
+    return re.sub(r"\([0-9.]+ ms, \d+ tok/s\)|[0-9.]+ ms$", "", out, flags=re.M)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the band
+
+
+def band(bandwidth):
+    """Which of (4C,C) the reference keeps, straight from |j - 4i| <= bandwidth / 2."""
+    j, i = np.mgrid[: 4 * C, :C]
+    return abs(j - 4 * i) <= bandwidth / 2
+
+
+def saved(path="c.bin"):
+    """The tensors of a checkpoint's parameters, m and v, and its header's kind and bandwidths."""
+    model, state = load_checkpoint(path)
+    shapes = tensor_shapes(model.config)
+    return *(named_views(flat, shapes) for flat in (model.params, state.m, state.v)), model.kind, model.fields[:2]
+
+
+@pytest.mark.parametrize(
+    "flags, fc1, fc2",
+    [("-w 16", 16, 0), ("-w 7", 7, 0), ("-1 9 -2 24", 9, 24), ("-2 6", 0, 6), ("-1 20 -2 0", 20, 0), ("-d 1", 0, 0)],
+)
+@pytest.mark.parametrize("mask_init", [0, 1])
+def test_weights_m_and_v_are_zero_outside_the_band_and_only_there(train, flags, fc1, fc2, mask_init):
+    done(train(f"{flags} -n 3 -c c.bin -l 0.01 --mask-init {mask_init}"))
+    params, m, v, kind, fields = saved()
+    assert (kind, fields) == (BANDED if fc1 or fc2 else DENSE, (fc1, fc2))
+    fc1_kept = band(fc1) if fc1 else np.ones((4 * C, C), bool)
+    fc2_kept = band(fc2).T if fc2 else np.ones((C, 4 * C), bool)
+    for name, kept in (("fcw", fc1_kept), ("fcprojw", fc2_kept)):
+        for tensors in (params, m, v):
+            assert np.array_equal(tensors[name] != 0, np.broadcast_to(kept, tensors[name].shape))
+    for name in ("qkvw", "attprojw", "fcb", "fcprojb"):
+        assert np.all(m[name][..., 0] != 0)
+    assert np.all(params["wte"][CONFIG.V :] == 0)
+
+
+@pytest.mark.parametrize("flags", ["-w 9", "-1 9 -2 24"])
+def test_mask_init_decides_on_the_loss_before_the_first_step(train, flags):
+    first = {}
+    for mask_init in (0, 1):
+        first[mask_init] = val_losses(done(train(f"{flags} --mask-init {mask_init} -n 1")).out)[0]
+    dense = val_losses(done(train("-d 1 -n 1")).out)[0]
+    model = read_model("model.bin")
+    tensors = tiny.views(model)
+    tensors["fcw"] *= band(9)
+    if "-2" in flags:
+        tensors["fcprojw"] *= band(24).T
+    write_model("masked.bin", model)
+    masked = val_losses(done(train("-d 1 -n 1", model="masked.bin")).out)[0]
+    assert first == {0: dense, 1: masked} and dense != masked
+
+
+def run_with(train, flags):
+    result = done(train(f"{flags} -n 5 -v 2 -c c.bin -o log.txt"))
+    return read_model("c.bin").params.tobytes(), Path("log.txt").read_bytes(), result.out
+
+
+def test_w_is_the_first_band_alone(train):
+    assert run_with(train, "-w 12")[:2] == run_with(train, "-1 12 -2 0")[:2] == run_with(train, "-1 12")[:2]
+
+
+def test_w_0_and_1_keep_the_centres(train):
+    zero, one, two = (run_with(train, f"-w {bandwidth}") for bandwidth in (0, 1, 2))
+    assert zero[:2] == one[:2] != two[:2]
+    connections = f"| FC1 connections       | {L * C} / {L * 4 * C * C} (per layer: {C} / {4 * C * C})              |\n"
+    assert connections in zero[2] and connections in one[2]
+
+
+def test_a_band_that_covers_all_warns_and_is_dense_to_the_bit(train):
+    dense, full, nearly = (run_with(train, flags) for flags in ("-d 1", f"-w {FULL}", f"-w {FULL - 1}"))
+    warning = f"WARNING: FC1 bandwidth {FULL} covers all of {4 * C} x {C}: FC1 is dense\n"
+    assert full[:2] == dense[:2] and warning in full[2] and "density=100.0%" in full[2]
+    assert nearly[:2] != dense[:2] and "WARNING" not in nearly[2] + dense[2]
+    both = run_with(train, f"-1 {FULL} -2 {FULL}")
+    assert both[:2] == dense[:2] and both[2].count("WARNING") == 2
+
+
+@pytest.mark.parametrize("flags, bands", [("", (9, 24)), ("-w 6", (6, 0)), ("-d 1", (0, 0)), ("-2 4", (0, 4))])
+def test_a_banded_file_keeps_its_bands_unless_told_otherwise(train, flags, bands):
+    done(train("-1 9 -2 24 -n 1 -c banded.bin"))
+    done(train(f"{flags} -n 1 -c c.bin", model="banded.bin"))
+    assert read_model("c.bin").fields[:2] == bands
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is printed
+
+RULE = "+-----------------------+----------------------------------------------------+"
+OPTIONS = """\
+| model path            | model.bin                                          |
+| checkpoint path       | NULL                                               |
+| checkpoint_every      | 0                                                  |
+| train data pattern    | train_*.bin                                        |
+| val data pattern      | val.bin                                            |
+| output log file       | NULL                                               |
+| max_steps             | 1                                                  |
+| batch size B          | 2                                                  |
+| sequence length T     | 8                                                  |
+| learning rate         | 0.000300                                           |
+| val_loss_every        | 20                                                 |
+| val_max_steps         | 20                                                 |
+| sample_every          | 20                                                 |
+| genT                  | 12                                                 |"""
+SIZES = """\
+| max_sequence_length T | 32                                                 |
+| vocab_size V          | 256                                                |
+| padded_vocab_size Vp  | 320                                                |
+| num_layers L          | 2                                                  |
+| num_heads NH          | 2                                                  |
+| channels C            | 16                                                 |
+| num_parameters        | 12224                                              |"""
+HEADS = {
+    "-w 16": "| BANDED SPARSITY       | ENABLED (bandwidth=16)                          |",
+    "-d 1": "| BANDED SPARSITY       | DISABLED (bandwidth=0)                          |",
+    "-1 16 -2 64": """\
+| FC1 bandwidth         | 16                                                 |
+| FC2 bandwidth         | 64                                                 |
+| Sparsity mode         | BANDED (FC1 + FC2)                                 |""",
+    "-2 64 --mask-init 0": """\
+| FC1 bandwidth         | 0                                                  |
+| FC2 bandwidth         | 64                                                 |
+| Sparsity mode         | BANDED (FC2 only)                                  |""",
+    "-1 16": """\
+| FC1 bandwidth         | 16                                                 |
+| FC2 bandwidth         | 0                                                  |
+| Sparsity mode         | BANDED (FC1 only)                                  |""",
+    "-1 0": """\
+| FC1 bandwidth         | 0                                                  |
+| FC2 bandwidth         | 0                                                  |
+| Sparsity mode         | DENSE (no sparsity)                                |""",
+}
+FC1_16 = """\
+| FC1 banded mask       | bandwidth=16, density=24.8%                       |
+| FC1 connections       | 508 / 2048 (per layer: 254 / 1024)              |
+"""
+FC2_64 = """\
+| FC2 banded mask       | bandwidth=64, density=75.8%                       |
+| FC2 connections       | 1552 / 2048 (per layer: 776 / 1024)              |
+"""
+FC1_DENSE = "| FC1                   | DENSE (bandwidth=0)                                |\n"
+FC2_DENSE = "| FC2                   | DENSE (bandwidth=0)                                |\n"
+MASKS = {
+    "-w 16": FC1_16 + "| FC1 mask applied      | initial weights masked                             |\n",
+    "-d 1": "",
+    "-1 16 -2 64": FC1_16 + FC2_64 + "| Mask mode             | initial weights masked                             |\n",
+    "-2 64 --mask-init 0": FC1_DENSE
+    + FC2_64
+    + "| Mask mode             | gradients + post-update only                       |\n",
+    "-1 16": FC1_16 + FC2_DENSE + "| Mask mode             | initial weights masked                             |\n",
+    "-1 0": FC1_DENSE + FC2_DENSE,
+}
+
+
+@pytest.mark.parametrize("flags", HEADS)
+def test_the_parameter_table_is_the_references(train, flags):
+    assert (np.count_nonzero(band(16)), np.count_nonzero(band(64))) == (254, 776)  # of 1024: 24.8 %, 75.8 %
+    lines = done(train(f"{flags} -n 1")).out.split("allocated")[0].splitlines(keepends=True)
+    device = next(line for line in lines if line.startswith("| device"))
+    assert "".join(lines) == (
+        f"{RULE}\n| Parameter             | Value                                              |\n{RULE}\n"
+        f"{HEADS[flags]}\n{OPTIONS}\n{RULE}\n{device}"
+        f"| TF32                  | disabled                                           |\n{RULE}\n"
+        f"{SIZES}\n{RULE}\n{MASKS[flags]}{RULE}\n"
+        "| train_num_batches     | 1                                                  |\n"
+        f"| val_num_batches       | 3                                                  |\n{RULE}\n"
+    )
+
+
+def table(out):
+    return {label.strip(): value.strip() for label, value in re.findall(r"^\| (.{21}) \| (.*) \|$", out, re.M)}
+
+
+def test_the_lines_of_a_run_and_their_order(train):
+    lines = done(train("-w 16 -n 4 -v 2 -k 3 -s 3 -c c.bin")).out.partition("allocated")[2].splitlines()
+    val = rf"val loss {NUMBER}"
+    save = ["saving checkpoint to c.bin", r"checkpoint saved \(12224 parameters, 0\.05 MB\)"]
+    text = ["generating:", "---", "[ -~]*", "---"]
+    step = [rf"step    {i}/4: train loss {NUMBER} \({NUMBER} ms, [0-9]+ tok/s\)" for i in range(5)]
+    first_use = ["parameter gradients", "activation gradients", "AdamW optimizer state m", "AdamW optimizer state v"]
+    expected = [" 0 MiB for model parameters", "allocated 0 MiB for activations", val]
+    expected += [f"allocated 0 MiB for {what}" for what in first_use]
+    expected += [step[1], step[2], val, step[3], *save, *text, step[4], val, *save, *text]
+    expected += [rf"total average iteration time: {NUMBER} ms", "text from it: python .*generate.py -e c.bin"]
+    assert len(lines) == len(expected)
+    for line, pattern in zip(lines, expected):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+def test_log_counts_train_steps_from_0_and_is_written_as_it_happens(train, monkeypatch):
+    seen = []
+    learning_rate = train_banded.learning_rate
+
+    def then_look(schedule, step, **settings):
+        seen.append(Path("log.txt").read_text())
+        return learning_rate(schedule, step, **settings)
+
+    monkeypatch.setattr(train_banded, "learning_rate", then_look)
+    Path("log.txt").write_text("an older log\n")
+    result = done(train("-n 3 -v 2 -o log.txt"))
+    val, loss = val_losses(result.out), losses(result.out)
+    assert len(val) == 3 and list(loss) == [1, 2, 3]
+    lines = [f"s:0 tel:{val[0]:.4f}\n", f"s:0 trl:{loss[1]:.4f}\n", f"s:1 trl:{loss[2]:.4f}\n"]
+    lines += [f"s:2 tel:{val[1]:.4f}\n", f"s:2 trl:{loss[3]:.4f}\n", f"s:3 tel:{val[2]:.4f}\n"]
+    assert Path("log.txt").read_text() == "".join(lines)
+    assert seen == ["".join(lines[:n]) for n in (1, 2, 4)]
+
+
+def test_without_a_tokenizer_token_ids_are_printed(train):
+    with_text = texts(done(train("-n 2 -s 1")).out)
+    Path("byte_tokenizer.bin").unlink()
+    result = done(train("-n 2 -s 1"))
+    assert "---\nWARNING: no tokenizer file for a vocabulary of 256 beside model.bin" in result.out
+    assert "\n---> HINT: " in result.out
+    for ids, text in zip(texts(result.out), with_text, strict=True):
+        ids = [int(word) for word in ids.split()]
+        assert len(ids) == 11 and all(0 <= i < CONFIG.V for i in ids)
+        assert text  # from another first token: with the tokenizer it is NUL, without the last id
+    assert b"".join(map(byte_tokenizer().printable, ids)).decode("ascii") is not None
+
+
+def test_one_epoch_is_the_default_and_zero_turns_events_off(train):
+    result = done(train("-n -1 -v 0 -s 0 -m 0"))
+    tokens = sum(samples * B * T + 1 for samples in tiny.TRAIN_SAMPLES)
+    assert len(losses(result.out)) == tokens // (B * T) == 7
+    assert len(val_losses(result.out)) == 2 and texts(result.out) == []
+    assert table(result.out)["val_num_batches"] == str(tiny.VAL_SAMPLES)
+    assert table(done(train("-n 1 -m 2")).out)["val_num_batches"] == "2"
+    check_refused(train("--grad-accum 8"), "--grad-accum 8", "7 batches", "-n")
+
+
+def test_help_shows_every_flag_with_its_default(train):
+    result = done(train("--help"))
+    words = " ".join(result.out.split())
+    for flag, default in {
+        "bandwidth": "256",
+        "steps": "-1",
+        "beta2": "0.999",
+        "mask-init": "1",
+        "checkpoint": "none",
+    }.items():
+        assert re.search(rf"--{flag} [A-Z0-9_]+ [^(]*\(default: {re.escape(default)}\b", words), flag
+    assert "\n  python train_banded.py --resume checkpoint.bin " in result.out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("-w 8 -1 8", ["-w or -d given together with -1 or -2"]),
+        ("-d 0 -2 8", ["-w or -d given together with -1 or -2"]),
+        ("-w -1", ["-w/--bandwidth", "'-1'"]),
+        ("-1 1.5", ["-1/--fc1-bandwidth", "'1.5'"]),
+        ("-d 2", ["-d/--dense", "'2'", "expected 0 or 1"]),
+        ("--mask-init yes", ["--mask-init", "'yes'"]),
+        ("-n", ["-n: its value is missing"]),
+        ("-n 3x", ["-n/--steps", "'3x'"]),
+        ("-n ''", ["-n/--steps", "''"]),
+        ("-n --", ["-n: -- is no value"]),
+        ("-b 0", ["-b/--batch-size", "'0'"]),
+        ("-t 0", ["-t/--seq-len", "'0'"]),
+        ("-t 33", ["-t 33", "32 positions", "-t 32"]),
+        ("-g 33", ["-g 33", "32 positions", "-g 32"]),
+        ("-l 0", ["-l/--lr", "'0'"]),
+        ("-l nan", ["-l/--lr", "'nan'"]),
+        ("-l 1e39", ["-l/--lr", "'1e39'"]),
+        ("-v -1", ["-v/--val-every", "'-1'"]),
+        ("--warmup 1.5", ["--warmup", "'1.5'"]),
+        ("--beta2 1.1", ["--beta2", "'1.1'"]),
+        ("--seed 0", ["--seed", "'0'"]),
+        ("--lr-schedule cosin", ["--lr-schedule", "cosin"]),
+        ("--device gpu", ["--device", "gpu"]),
+        ("-x 1", ["-x: unknown flag"]),
+        ("-n5", ["-n5: unknown flag", "-n 5"]),
+        ("--step 5", ["--step: unknown flag", "--steps"]),
+        ("5", ["5: expected a flag"]),
+    ],
+)
+def test_wrong_usage_exits_2_and_writes_nothing(train, folder, flags, words):
+    before = snapshot(folder)
+    check_refused(train(f"-c c.bin -o log.txt {flags}"), *words, code=2)
+    assert snapshot(folder) == before
+
+
+def header_changed(path, index, value):
+    data = bytearray(Path(path).read_bytes())
+    data[4 * index : 4 * index + 4] = int(value).to_bytes(4, "little", signed=True)
+    Path(path).write_bytes(data)
+
+
+def cut(path, count):
+    Path(path).write_bytes(Path(path).read_bytes()[:-count])
+
+
+def add_token(path, token):
+    tokens = np.frombuffer(Path(path).read_bytes(), "<u2", offset=1024)
+    write_tokens(path, np.append(tokens[:-1], np.uint16(token)))
+
+
+def short_data():
+    write_tokens("train_01.bin", np.zeros(B * T, np.uint16))
+
+
+def negative_band():
+    model = read_model("model.bin")
+    model.kind, model.fields = BANDED, (16, -4)
+    write_model("model.bin", model)
+
+
+def small_tokenizer():
+    Tokenizer(byte_tokenizer().tokens[:255], 0).write("byte_tokenizer.bin")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda: Path("model.bin").unlink(), ["reading model.bin", "make model"]),
+        (lambda: header_changed("model.bin", 0, 20240520), ["model.bin: not a model file", "20240520", "20240326"]),
+        (lambda: header_changed("model.bin", 1, 4), ["model.bin", "version 4", "expected 3 or 5"]),
+        (lambda: header_changed("model.bin", 5, 3), ["model.bin", "NH = 3"]),
+        (lambda: header_changed("model.bin", 130, 3), ["model.bin: kind 3"]),
+        (lambda: header_changed("model.bin", 130, 9), ["model.bin: kind 9"]),
+        (lambda: cut("model.bin", 1), ["model.bin: model file is truncated"]),
+        (lambda: Path("model.bin").write_bytes(b""), ["model.bin", "found 0 bytes"]),
+        (negative_band, ["model.bin: bandwidths 16 and -4"]),
+        (lambda: Path("val.bin").unlink(), ["val.bin: no such token data", "make data"]),
+        (lambda: [path.unlink() for path in Path().glob("train_*")], ["train_*.bin: no such token data"]),
+        (lambda: header_changed("train_01.bin", 0, 1), ["train_01.bin: not a token data file"]),
+        (lambda: header_changed("val.bin", 1, 2), ["val.bin", "version 2"]),
+        (lambda: cut("train_00.bin", 2), ["train_00.bin: token data file is truncated"]),
+        (short_data, ["train_01.bin: 16 tokens, B = 2, T = 8 needs at least 17", "lower -b or -t"]),
+        (lambda: header_changed("byte_tokenizer.bin", 0, 7), ["byte_tokenizer.bin: not a tokenizer file"]),
+        (lambda: cut("byte_tokenizer.bin", 1), ["byte_tokenizer.bin"]),
+        (small_tokenizer, ["byte_tokenizer.bin: 255 tokens, model.bin has a vocabulary of 256"]),
+    ],
+)
+def test_a_bad_file_is_named_and_nothing_written(train, folder, damage, words):
+    damage()
+    before = snapshot(folder)
+    check_refused(train("-c c.bin -o log.txt -n 3"), *words)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("name", ["train_00.bin", "val.bin"])
+def test_a_token_beyond_the_vocabulary(train, name):
+    done(train("-n 2 -c c.bin"))
+    before = Path("c.bin").read_bytes()
+    add_token(name, CONFIG.V)
+    result = train("-n 20 -c c.bin")
+    check_refused(result, f"{name}: token", f"is {CONFIG.V}, the model knows 0..{CONFIG.V - 1}", "another tokenizer")
+    assert Path("c.bin").read_bytes() == before and load_checkpoint("c.bin")[1].step == 2
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("-c none/c.bin", ["-c", "none", "mkdir -p"]),
+        ("-c .", ["-c", "not an ordinary file"]),
+        ("-c model.bin/c.bin", ["-c", "model.bin"]),
+        ("-o none/log.txt", ["-o none/log.txt", "mkdir -p none"]),
+        ("-o .", ["-o .", "folder"]),
+        ("--tokenizer none.bin", ["none.bin"]),
+        ("--tokenizer val.bin", ["val.bin: not a tokenizer file"]),
+        ("-e model.bin/", ["model.bin/"]),
+        ("-i .", ["."]),
+        ("-e ''", ["reading"]),
+        ("-o ''", ["-o"]),
+    ],
+)
+def test_names_that_cannot_be_read_or_written(train, folder, flags, words):
+    before = snapshot(folder)
+    check_refused(train(f"-n 3 {flags}"), *words)
+    assert snapshot(folder) == before
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("flag", ["-c", "-o"])
+def test_a_folder_that_may_not_be_written_to(train, folder, flag):
+    (folder / "closed").mkdir(mode=0o500)
+    check_refused(train(f"-n 3 {flag} closed/file"), flag, "closed")
+
+
+def test_cuda_on_a_machine_without(train, folder, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    before = snapshot(folder)
+    check_refused(train("-n 3 -c c.bin --device cuda"), "cuda", "--device cpu")
+    assert snapshot(folder) == before
+
+
+@needs_full_device
+@pytest.mark.parametrize("flag", ["-o", "-c"])
+def test_a_full_device(train, folder, flag):
+    before = snapshot(folder)
+    check_refused(train(f"-n 3 {flag} /dev/full"), f"{flag} /dev/full")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("failing", [1, 3], ids=["state", "model"])
+def test_no_space_left_for_a_save_keeps_the_one_before(train, folder, monkeypatch, failing):
+    """The disk is full from the second save's state on, or from its model file on."""
+    done(train("-n 20 -c whole.bin -o whole.txt"))
+    fsync, calls = os.fsync, []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) >= 4 + failing:  # a save syncs a file and its folder twice
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = train("-n 20 -k 5 -c c.bin -o log.txt")
+    check_refused(result, "c", "No space left", "df -h")
+    assert list(losses(result.out))[-1] == 10 and load_checkpoint("c.bin")[1].step == 5
+    assert not list(folder.glob(".*")) + list(folder.glob("*.tmp"))
+    done(train("--resume c.bin"))
+    assert_same_run("whole.bin", "c.bin")
+    assert Path("whole.txt").read_bytes() == Path("log.txt").read_bytes()
+    assert len(list(folder.glob("c_state_*"))) == 1
+
+
+@pytest.mark.parametrize("flags", ["-l 1e30 -n 1", "-l 1e30 -n 5", "-l 1e30 -n 5 -v 1"])
+def test_a_run_that_diverges_stops_and_keeps_the_older_checkpoint(train, folder, flags):
+    done(train("-n 2 -c c.bin"))
+    before = snapshot(folder)
+    result = train(f"{flags} -c c.bin")
+    check_refused(result, "loss nan at step", "lower -l")
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_of_no_numbers_is_named(train, value):
+    model = read_model("model.bin")
+    tiny.views(model)["lnfw"][:] = value
+    write_model("bad.bin", model)
+    check_refused(train("-n 5", model="bad.bin"), "val loss ", "bad.bin")
+
+
+@needs_full_device
+def test_standard_output_may_be_closed_full_or_given_up(folder):
+    flags = [*tiny.options(steps=3), "-c", "c.bin"]
+    words = shlex.join(tiny.command(SCRIPT, *flags))
+
+    def shell(rest):
+        return subprocess.run(
+            ["bash", "-c", words + rest], cwd=folder, env=tiny.one_thread(), capture_output=True, text=True
+        )
+
+    for rest in (" >&-", " 2>&-", " >&- 2>&-"):
+        (folder / "c.bin").unlink(missing_ok=True)
+        result = shell(rest)
+        assert (result.returncode, result.stderr) == (0, "") and load_checkpoint(folder / "c.bin")[1].step == 3
+    result = shell(" >/dev/full")
+    check_refused(tiny.Result(result.returncode, "", result.stderr), "writing the output: No space left on device")
+    result = shell(" -n 100000 | head -2; exit ${PIPESTATUS[0]}")
+    assert (result.returncode, result.stderr, result.stdout.count("\n")) == (141, "", 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# llm.c's options
+
+
+def test_overfit_batch_sees_the_first_validation_batch_at_every_step(train):
+    result = done(train("--overfit-batch 1 -d 1 -n 40 -l 0.003 -v 1 -m 1 -s 0"))
+    val, loss = val_losses(result.out), list(losses(result.out).values())
+    assert val[:-1] == loss  # same weights, same tokens
+    assert np.all(np.diff(loss) < 0.01) and val[-1] < 0.7 * val[0]
+
+
+def test_grad_accum_of_two_halves_is_a_batch_twice_as_large(train, folder):
+    text = np.resize(np.frombuffer(tiny.VERSE, np.uint8), 12 * B * T + 1).astype(np.uint16)
+    write_tokens("one.bin", text)
+    runs = []
+    for flags in ("-b 2 --grad-accum 2", "-b 4"):
+        done_run = done(train(f"-w 16 --shuffle 0 -n 9 {flags} -c c.bin -l 0.001", train_data="one.bin"))
+        runs.append((np.array(list(losses(done_run.out).values())), load_checkpoint("c.bin")[1]))
+    assert np.abs(runs[0][0] - runs[1][0]).max() < 1e-5
+    for name in ("m", "v"):
+        one, other = getattr(runs[0][1], name), getattr(runs[1][1], name)
+        assert np.linalg.norm(one - other) < 1e-4 * np.linalg.norm(other)
+
+
+def test_learning_rate_schedule_and_warmup(train):
+    flags = "--lr-schedule cosine --warmup 3 --final-lr-frac 0.1 -l 0.001 -n 7 --grad-clip 1e9"
+    rates = re.findall(r"^lr (\S+), gradient norm [0-9.]+$", done(train(flags)).out, re.M)
+    decayed = [1e-4 + (1 + np.cos(np.pi * i / 4)) / 2 * 9e-4 for i in range(4)]
+    assert rates == [f"{rate:.2e}" for rate in (1e-3 / 3, 2e-3 / 3, 1e-3, *decayed)]
+
+
+def one_step(train, flags):
+    """Parameters, m and v after one update with learning rate 0.01, and what was printed."""
+    result = done(train(f"-d 1 -n 1 -l 0.01 -c c.bin {flags}"))
+    params, m, v, *_ = saved()
+    return params, m, v, result.out
+
+
+@pytest.mark.parametrize("decay_all", [0, 1])
+def test_weight_decay_takes_its_part_of_the_weights(train, decay_all):
+    """w -= lr * decay * w, of the matrices or of all."""
+    before = tiny.views(read_model("model.bin"))
+    plain, decayed = one_step(train, "")[0], one_step(train, f"--weight-decay 0.5 --decay-all {decay_all}")[0]
+    for name, weights in before.items():
+        if decay_all or name in MATRICES:
+            assert np.allclose(plain[name] - decayed[name], 0.01 * 0.5 * weights, rtol=0, atol=3e-7), name
+        else:
+            assert plain[name].tobytes() == decayed[name].tobytes(), name
+    assert np.all(before["ln1w"] == 1) and np.all(before["wpe"] != 0)  # so that decay shows
+
+
+def test_grad_clip_scales_the_gradients(train):
+    """After one update m = 0.1 g and v = 0.001 g^2."""
+    _, m, v, plain = one_step(train, "")
+    flat = np.concatenate([tensor.ravel() for tensor in m.values()]).astype(np.float64)
+    norm = np.linalg.norm(flat) / 0.1
+    for clip in (0.25 * norm, 4 * norm):
+        _, clipped_m, clipped_v, out = one_step(train, f"--grad-clip {clip}")
+        assert abs(float(re.search(r"^lr 1.00e-02, gradient norm ([0-9.]+)$", out, re.M)[1]) - norm) < 1e-4
+        scale = min(1, clip / norm)
+        for name in m:
+            assert np.allclose(clipped_m[name], scale * m[name], rtol=1e-5, atol=1e-12)
+            assert np.allclose(clipped_v[name], scale**2 * v[name], rtol=1e-5, atol=1e-20)
+    assert "gradient norm" not in plain
+
+
+def test_beta2_weighs_the_new_square(train):
+    _, m, v, _ = one_step(train, "--beta2 0.9")
+    for name in m:
+        assert np.allclose(v[name], 0.1 * (m[name] / 0.1) ** 2, rtol=1e-4, atol=1e-20)
+
+
+def test_seed_changes_the_order_and_the_samples(train):
+    runs = {}
+    for flags in ("", "--seed 42", "--seed 1337", "--seed 7"):
+        result = done(train(f"-n 7 -s 7 {flags}"))
+        runs[flags] = list(losses(result.out).values()), texts(result.out)
+    default = runs[""]
+    assert runs["--seed 42"][0] == default[0] and runs["--seed 42"][1] != default[1]  # llm.c's shuffle, other samples
+    assert runs["--seed 1337"][0] != default[0] and runs["--seed 7"] != runs["--seed 1337"]
+
+
+def test_shuffle_0_reads_the_shards_as_they_are(train):
+    result = done(train("-d 1 --shuffle 0 -n 1 -m 1", val_data="train_00.bin"))
+    assert val_losses(result.out)[0] == losses(result.out)[1]
+    shuffled = done(train("-d 1 -n 1 -m 1", val_data="train_00.bin"))
+    assert val_losses(shuffled.out)[0] != losses(shuffled.out)[1]
+
+
+def test_llm_c_reads_what_is_saved(train):
+    """Header ints 0..7 and the size of the file, which is all that the C program looks at."""
+    done(train("-w 16 -n 3 -c c.bin"))
+    header = np.fromfile("c.bin", "<i4", 256)
+    assert header[:8].tolist() == [20240326, 3, 32, 256, 2, 2, 16, 320]
+    assert header[8:11].tolist() == [3, *(getattr(load_checkpoint("c.bin")[1], name) for name in ("shard", "sample"))]
+    assert os.path.getsize("c.bin") == 1024 + 4 * 12224
+
+
+def test_bfloat16_models_train_and_are_saved_as_float32(train):
+    model = read_model("model.bin")
+    write_model("bf16.bin", Model(CONFIG, model.params, version=5))
+    result = done(train("-n 1 -c c.bin", model="bf16.bin"))
+    assert read_model("c.bin").version == 3
+    assert abs(val_losses(result.out)[0] - val_losses(done(train("-n 1")).out)[0]) < 1e-3
