@@ -14,9 +14,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 
+import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-import kernels
 from llmc import cli
 from llmc.checkpoint import BANDED, DENSE, Model, read_model
 from llmc.errors import UserError, run

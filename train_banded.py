@@ -17,9 +17,9 @@ import warnings
 from argparse import Namespace
 from types import SimpleNamespace
 
+import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-import kernels
 from llmc import options, table
 from llmc.checkpoint import BANDED, DENSE, MATRICES, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
@@ -74,9 +74,9 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
     if min(saved) < 0:
         raise UserError(f"{args.model}: bandwidths {saved[0]} and {saved[1]}, expected none below 0", "save it again")
     if args.resume:
-        if typed & (BY_W | BY_12):
+        if typed & (BY_W | BY_12 | {"mask_init"}):
             hint = f"for another band start a new run from its weights: -e {args.resume}"
-            raise UserError("--resume keeps the bands of the checkpoint, -w, -d, -1 and -2 cannot change them", hint, 2)
+            raise UserError("--resume keeps the bands of the checkpoint: no -w, -d, -1, -2 or --mask-init", hint, 2)
         return saved
     if typed & BY_12:
         return args.fc1_bandwidth or 0, args.fc2_bandwidth or 0
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         model.mask_weights()
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
-    log = Logger(args.log, start if state else None)
+    log = Logger(args.log, start)
 
     seconds = 0.0
     with Interrupt() as interrupt:

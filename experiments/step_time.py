@@ -31,6 +31,7 @@ SIZES = {"tiny": GPT2Config(maxT=256, L=4, NH=4, C=128), "124M": GPT2Config()}
 STEPS = {"tiny": 40, "124M": 12}
 PROGRAMS = {"torch": "PyTorch eager", "dense": "ours, dense", "w256": "ours, FC1 band 256", "both256": "ours, both 256"}
 WARM_UP = 3
+SETTLE = 0.1  # seconds between turns: the threads of a BLAS spin a while before they sleep
 
 
 def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
@@ -127,6 +128,7 @@ def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> None:
     answers = {program: [] for program in programs}
     for _ in range(WARM_UP + steps):
         for program, worker in workers.items():
+            time.sleep(SETTLE)
             answers[program].append(turn(worker))
     for worker in workers.values():
         worker.stdin.close()

@@ -163,6 +163,14 @@ def read_model(path: str | os.PathLike) -> Model:
     return Model(config, params, step, shard, sample, kind, fields, extra, version)
 
 
+def check_is_model(path: str | os.PathLike, flag: str) -> None:
+    """Raise UserError naming `flag` unless the existing `path` is a model file, which a checkpoint may replace."""
+    with open_file(path) as file:
+        magic = int.from_bytes(file.read(4), "little")
+    if magic != MAGIC:
+        raise UserError(f"{flag} {path}: exists and is not a model file (magic {magic})", "name another file")
+
+
 def write_model(path: str | os.PathLike, model: Model) -> None:
     """Write `model` as its version says (FLOAT32 or BFLOAT16), atomically. Raises UserError if the system refuses."""
     if len(model.fields) > MAX_FIELDS:

@@ -181,6 +181,14 @@ def fraction(text: str) -> float:
     return number(text, "a number in 0..1", most=1.0)
 
 
+def below_one(text: str) -> float:
+    """A number in 0..1, 1 excluded: the beta of a moving average."""
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number from 0 to below 1")
+    return value
+
+
 def flag01(text: str) -> bool:
     """0 or 1."""
     if text not in ("0", "1"):

@@ -90,7 +90,7 @@ class DataLoader:
     ):
         self.B, self.T, self.rank, self.nproc = B, T, rank, nproc
         self.vocab_size, self.shuffle = vocab_size, shuffle
-        self.paths = sorted(glob.glob(pattern), key=os.fsencode)
+        self.paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern), key=os.fsencode)
         if not self.paths:
             raise UserError(
                 f"{pattern}: no such token data", "make data, or give a pattern in quotes: 'data/*_train_*.bin'"

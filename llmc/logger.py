@@ -16,20 +16,20 @@ LINE = re.compile(rb"s:(\d{1,10}) [a-z]+:\S.*\n")
 class Logger:
     """Write the log to `path`; None writes nothing.
 
-    A new run empties the file. A run resumed at `resume_step` keeps the lines of earlier steps and drops those that the
-    killed run wrote after its last checkpoint, so that the joined log equals one of a run never stopped.
-    Raises UserError if the file cannot be written, or is not a log when a run resumes. Make it after all other checks.
+    A run from step 0 empties the file. One resumed at step `start` keeps the lines of earlier steps and drops those
+    that the killed run wrote after its last checkpoint, so that the joined log equals one of a run never stopped.
+    Raises UserError if the file cannot be written, or holds something else than a log. Make it after all other checks.
     """
 
-    def __init__(self, path: str | os.PathLike | None, resume_step: int | None = None):
+    def __init__(self, path: str | os.PathLike | None, start: int = 0):
         self.path, self.file = path, None
         if path is None:
             return
-        if resume_step is not None and os.path.isfile(path):
-            drop_steps_from(path, resume_step)
+        if os.path.isfile(path):
+            drop_steps_from(path, start)
         try:
             # unbuffered: a line is in the file when the call returns, and none is half-written by a failing flush
-            self.file = open(path, "wb" if resume_step is None else "ab", buffering=0)
+            self.file = open(path, "ab", buffering=0)
         except OSError as error:
             raise refused(error, path) from None
 

@@ -10,8 +10,18 @@ from argparse import Namespace
 from pathlib import Path
 
 from llmc import table
-from llmc.checkpoint import GPT2Config, Model, num_parameters, read_model
-from llmc.cli import ArgumentParser, any_int, flag01, fraction, natural, natural_float, positive_float, positive_int
+from llmc.checkpoint import GPT2Config, Model, check_is_model, num_parameters, read_model
+from llmc.cli import (
+    ArgumentParser,
+    any_int,
+    below_one,
+    flag01,
+    fraction,
+    natural,
+    natural_float,
+    positive_float,
+    positive_int,
+)
 from llmc.errors import UserError
 from llmc.files import check_writable
 from llmc.resume import load_checkpoint
@@ -50,7 +60,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--final-lr-frac", type=fraction, default=1.0, help="learning rate at the end, in parts of -l")
     add("--weight-decay", type=natural_float, default=0.0, help="decoupled")
     add("--decay-all", type=flag01, default=True, help="1: every tensor decays (train_gpt2.c), 0: matrices (.cu)")
-    add("--beta2", type=fraction, default=0.999, help="of AdamW; beta1 is 0.9, eps 1e-8")
+    add("--beta2", type=below_one, default=0.999, help="of AdamW; beta1 is 0.9, eps 1e-8")
     add("--grad-clip", type=natural_float, default=0.0, help="largest gradient norm, 0: no limit")
     add = parser.add_argument_group("evaluation").add_argument
     add("-v", "--val-every", type=natural, default=20, help="steps between validations, 0: first and last step")
@@ -67,8 +77,9 @@ def parse_options(parser: ArgumentParser, argv: list[str] | None) -> tuple[Names
     """
     args, state = parser.parse(argv), None
     if args.resume:
-        if "model" in parser.explicit(argv):
-            raise UserError("--resume given together with -e", "--resume names the checkpoint to go on from", 2)
+        for name, flag in (("model", "-e"), ("seed", "--seed")):
+            if name in parser.explicit(argv):
+                raise UserError(f"--resume given together with {flag}", "a resumed run has it from its checkpoint", 2)
         model, state = load_checkpoint(args.resume)
         args = parser.parse(argv, saved=state.options | {"model": args.resume, "checkpoint": args.resume})
     else:
@@ -84,6 +95,8 @@ def parse_options(parser: ArgumentParser, argv: list[str] | None) -> tuple[Names
         args.val_data = default_data(config.V, "val")
     if args.checkpoint:
         check_writable(args.checkpoint, "-c")
+        if os.path.exists(args.checkpoint):
+            check_is_model(args.checkpoint, "-c")
     return args, model, state
 
 

@@ -62,7 +62,7 @@ def test_log_lines(tmp_path):
 
 
 def test_log_without_path_does_nothing():
-    log = Logger(None, resume_step=3)
+    log = Logger(None, start=3)
     log.val(0, 1.0)
     log.train(0, 1.0)
     log.close()
@@ -88,9 +88,9 @@ def test_resumed_log_equals_an_uninterrupted_one(tmp_path, torn):
         file.write(torn)
     if torn == b"s:14":  # not even a step with its space: who knows what it was
         with pytest.raises(UserError, match="line 17 is"):
-            Logger(joined, resume_step=10)
+            Logger(joined, start=10)
         return
-    log = Logger(joined, resume_step=10)
+    log = Logger(joined, start=10)
     write_steps(log, 10, 20)
     log.close()
     assert joined.read_bytes() == whole.read_bytes()
@@ -98,11 +98,11 @@ def test_resumed_log_equals_an_uninterrupted_one(tmp_path, torn):
 
 
 def test_resumed_log_may_be_new_and_may_be_a_link(tmp_path):
-    Logger(tmp_path / "new.txt", resume_step=10).close()
+    Logger(tmp_path / "new.txt", start=10).close()
     assert (tmp_path / "new.txt").read_bytes() == b""
     (tmp_path / "real.txt").write_text("s:9 trl:1.0000\ns:10 trl:1.0000\n")
     (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
-    Logger(tmp_path / "link.txt", resume_step=10).close()
+    Logger(tmp_path / "link.txt", start=10).close()
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "real.txt").read_bytes() == b"s:9 trl:1.0000\n"
 
@@ -114,7 +114,7 @@ def test_resume_refuses_what_is_no_log_and_leaves_it(tmp_path, text):
     path = tmp_path / "log.txt"
     path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=r"^-o .*log\.txt: line \d is .*expected s:STEP tel:LOSS") as error:
-        Logger(path, resume_step=5)
+        Logger(path, start=5)
     assert error.value.hint
     assert path.read_text(encoding="latin-1") == text
 
@@ -126,7 +126,7 @@ def test_unwritable_log_is_refused_at_the_start(tmp_path):
     with pytest.raises(UserError, match=r"writing -o .*directory"):
         Logger(tmp_path)
     with pytest.raises(UserError, match=r"writing -o .*directory"):
-        Logger(tmp_path, resume_step=3)
+        Logger(tmp_path, start=3)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")

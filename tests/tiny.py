@@ -1,6 +1,7 @@
 """A GPT-2 small enough to train in milliseconds, its data, and ways to run a script on them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from llmc.checkpoint import GPT2Config, Model, named_views, tensor_shapes, write
 from llmc.dataloader import write_tokens
 from llmc.errors import run
 from llmc.init import gpt2_init
+from llmc.resume import load_checkpoint
 from llmc.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 60
+NUMBER = r"-?[0-9]+\.[0-9]{6}"  # %f
 CONFIG = GPT2Config(maxT=32, V=256, L=2, NH=2, C=16, Vp=320)  # with padding rows, which must stay zero
 B, T = 2, 8
 
@@ -79,6 +82,14 @@ def start(script: str, argv: Sequence, folder: Path, **popen) -> subprocess.Pope
     return subprocess.Popen(command(script, *argv), cwd=folder, env=one_thread(), preexec_fn=listen, **pipes)
 
 
+def wait_for(process: subprocess.Popen, beginning: bytes) -> None:
+    """Read the standard output of `process` up to a line with this beginning, or fail at its end."""
+    for line in process.stdout:
+        if line.startswith(beginning):
+            return
+    raise AssertionError(f"no line {beginning!r}: {process.communicate()[1]!r}")
+
+
 def one_thread() -> dict[str, str]:
     """The environment, with BLAS kept to one thread: faster for small matrices on a busy machine."""
     return os.environ | {"OPENBLAS_NUM_THREADS": "1"}
@@ -110,6 +121,48 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def shorter(config: GPT2Config = CONFIG, **sizes) -> GPT2Config:
+def resized(**sizes) -> GPT2Config:
     """The tiny sizes with some replaced."""
-    return replace(config, **sizes)
+    return replace(CONFIG, **sizes)
+
+
+def done(result: Result) -> Result:
+    """The command ended well and said nothing on stderr."""
+    assert result.code == 0 and result.err == "", result
+    return result
+
+
+def losses(out: str) -> dict[int, float]:
+    """{1-based step: train loss} as a trainer printed them."""
+    return {int(step): float(loss) for step, loss in re.findall(rf"^step +(\d+)/\d+: train loss ({NUMBER})", out, re.M)}
+
+
+def val_losses(out: str) -> list[float]:
+    return [float(loss) for loss in re.findall(rf"^val loss ({NUMBER})$", out, re.M)]
+
+
+def texts(out: str) -> list[str]:
+    """The samples that a trainer printed."""
+    return re.findall(r"^generating:\n---\n(.*?)\n---$", out, re.M | re.S)
+
+
+def table(out: str) -> dict[str, str]:
+    """The rows of the parameter table."""
+    return {label.strip(): value.strip() for label, value in re.findall(r"^\| (.{21}) \| (.*) \|$", out, re.M)}
+
+
+def without_times(out: str) -> str:
+    return re.sub(r"\([0-9.]+ ms, \d+ tok/s\)|[0-9.]+ ms$", "", out, flags=re.M)
+
+
+def assert_same_run(one: str, other: str) -> None:
+    """Two checkpoints agree in the model file's bytes, and in all that the state holds but the settings."""
+    assert Path(one).read_bytes() == Path(other).read_bytes()
+    (_, a), (_, b) = load_checkpoint(one), load_checkpoint(other)
+    assert a.m.tobytes() == b.m.tobytes() and a.v.tobytes() == b.v.tobytes()
+    assert (a.step, a.rng_state, a.shard, a.sample) == (b.step, b.rng_state, b.shard, b.sample)
+    assert (a.shuffle is None) == (b.shuffle is None)
+    if a.shuffle:
+        for name in ("shard_indices", "intra_shard_indices", "mt_key"):
+            assert np.array_equal(getattr(a.shuffle, name), getattr(b.shuffle, name))
+        assert a.shuffle.mt_pos == b.shuffle.mt_pos

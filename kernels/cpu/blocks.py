@@ -16,7 +16,7 @@ import numpy as np
 BLOCK_BYTES = 1 << 21
 
 _local = threading.local()
-_pool: ThreadPoolExecutor | None = None
+_workers: list[ThreadPoolExecutor] = []  # of one thread each, so that a share always meets the same scratch buffers
 
 
 def num_threads() -> int:
@@ -44,15 +44,14 @@ def rows_per_block(row_floats: int) -> int:
 
 def for_blocks(work: Callable[[int, int], None], rows: int, block: int) -> None:
     """Call work(start, stop) for each block of rows, on all cores if there is more than one."""
-    global _pool
     starts = range(0, rows, block)
     threads = min(num_threads(), len(starts))
     if threads <= 1:
         for start in starts:
             work(start, min(start + block, rows))
         return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(num_threads(), thread_name_prefix="kernels.cpu")
+    while len(_workers) < threads - 1:
+        _workers.append(ThreadPoolExecutor(1, thread_name_prefix="kernels.cpu"))
 
     def share(mine):
         for start in mine:
@@ -60,7 +59,7 @@ def for_blocks(work: Callable[[int, int], None], rows: int, block: int) -> None:
 
     per_thread = -(-len(starts) // threads)
     shares = [starts[i * per_thread : (i + 1) * per_thread] for i in range(threads)]
-    others = [_pool.submit(share, mine) for mine in shares[1:]]
+    others = [worker.submit(share, mine) for worker, mine in zip(_workers, shares[1:])]
     share(shares[0])
     for other in others:
         other.result()
