@@ -234,7 +234,7 @@ def test_log_counts_train_steps_from_0_and_is_written_as_it_happens(train, monke
         return learning_rate(schedule, step, **settings)
 
     monkeypatch.setattr(train_banded, "learning_rate", then_look)
-    Path("log.txt").write_text("an older log\n")
+    Path("log.txt").write_text("s:0 tel:9.0000\ns:7 trl:9.0000\n")  # of an older run
     result = done(train("-n 3 -v 2 -o log.txt"))
     val, loss = val_losses(result.out), losses(result.out)
     assert len(val) == 3 and list(loss) == [1, 2, 3]
@@ -242,6 +242,25 @@ def test_log_counts_train_steps_from_0_and_is_written_as_it_happens(train, monke
     lines += [f"s:2 tel:{val[1]:.4f}\n", f"s:2 trl:{loss[3]:.4f}\n", f"s:3 tel:{val[2]:.4f}\n"]
     assert Path("log.txt").read_text() == "".join(lines)
     assert seen == ["".join(lines[:n]) for n in (1, 2, 4)]
+
+
+def test_what_is_no_log_and_no_model_is_not_overwritten(train):
+    """-o names a model, -c a data file: refused, and both still there to the byte."""
+    before = {name: Path(name).read_bytes() for name in ("model.bin", "val.bin")}
+    check_refused(train("-n 1 -o model.bin"), "-o model.bin", "line 1", "expected s:STEP")
+    check_refused(train("-n 1 -c val.bin"), "-c val.bin", "not a model file")
+    assert {name: Path(name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("flags", ["--seed 3", "--mask-init 0", "-w 8", "-e model.bin"])
+def test_resume_refuses_what_it_has_from_the_checkpoint(train, flags):
+    done(train("-n 1 -c checkpoint.bin"))
+    check_refused(train(f"--resume checkpoint.bin -n 2 {flags}"), "--resume", code=2)
+
+
+@pytest.mark.parametrize("value", ["1", "1.5", "-0.1", "nan"])
+def test_beta2_is_below_one(train, value):
+    check_refused(train(f"-n 1 --beta2 {value}"), "--beta2", value, code=2)
 
 
 def test_without_a_tokenizer_token_ids_are_printed(train):
