@@ -17,10 +17,11 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import kernels  # before NumPy, as in the trainers  # noqa: E402  # isort: skip
+import numpy as np  # noqa: E402
 
 from llmc.checkpoint import GPT2Config, named_views, tensor_shapes  # noqa: E402
 from llmc.cli import ArgumentParser, natural, positive_int  # noqa: E402
@@ -36,10 +37,9 @@ SETTLE = 0.1  # seconds between turns: the threads of a BLAS spin a while before
 
 def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
     """A function that runs one step of train_banded.py on a batch and returns the loss."""
-    from kernels import cpu
     from train_banded import GPT2
 
-    model = GPT2(cpu, config, gpt2_init(config, 1), B, T, *bands)
+    model = GPT2(kernels.open_device("cpu"), config, gpt2_init(config, 1), B, T, *bands)
     model.mask_weights()
 
     def step(t: int, inputs: np.ndarray, targets: np.ndarray) -> float:

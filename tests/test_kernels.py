@@ -6,6 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu.band_mask import band_columns
+from kernels.cpu.blocks import PARALLEL_BYTES
 
 
 @pytest.mark.parametrize("B, T, C, V", [(1, 1, 4, 5), (3, 5, 8, 6), (2, 33, 12, 50)])
@@ -263,11 +264,12 @@ def test_band_mask_leaves_plus_zero_and_the_band_untouched():
 
 def test_threads_do_not_change_a_bit(monkeypatch):
     rng = np.random.default_rng(10)
-    inp, dout = rng.standard_normal((3000, 512), np.float32), rng.standard_normal((3000, 512), np.float32)
+    inp, dout = (rng.standard_normal((5000, 512), np.float32) for _ in range(2))
+    assert inp.nbytes > PARALLEL_BYTES  # or a single thread does it all
     results = []
     for threads in ("1", "2", "3"):
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
-        out, mean, rstd = np.empty_like(inp), np.empty(3000, "f"), np.empty(3000, "f")
+        out, mean, rstd = np.empty_like(inp), np.empty(5000, "f"), np.empty(5000, "f")
         weight, dweight, dbias = np.ones(512, "f"), np.zeros(512, "f"), np.zeros(512, "f")
         ops.layernorm_forward(out, mean, rstd, inp, weight, dbias)
         dinp = np.zeros_like(inp)

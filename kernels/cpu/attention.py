@@ -11,7 +11,7 @@ from math import sqrt
 
 import numpy as np
 
-from kernels.cpu.blocks import scratch
+from kernels.cpu.blocks import for_blocks, scratch
 
 QUERIES = 64  # in a block; half of its square of scores lies above the diagonal and is wasted
 SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
@@ -43,7 +43,8 @@ def attention_forward(out, lse, qkv, NH, start=0):
     """out (B*(T-start),C), lse (B,NH,T-start) from qkv (B,T,3C), for the queries at positions start..T-1."""
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
-    for b in range(B):
+
+    def row(b, _):
         q, k, v = _split(qkv[b], NH)
         o = out.reshape(B, T - start, NH, -1)[b].transpose(1, 0, 2)  # (NH,T-start,hs)
         for first in range(start, T, QUERIES):
@@ -59,6 +60,8 @@ def attention_forward(out, lse, qkv, NH, start=0):
                 o[h, rows] /= total[:, :, None]
                 lse[b, h, rows] = top + np.log(total)
 
+    for_blocks(row, B, 1, NH * T * T)
+
 
 def attention_backward(dqkv, dout, qkv, out, lse, NH):
     """dqkv (B,T,3C) = ... from dout, out (B*T,C), qkv (B,T,3C), lse (B,NH,T).
@@ -70,7 +73,8 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
     """
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
-    for b in range(B):
+
+    def row(b, _):
         q, k, v = _split(qkv[b], NH)
         dq, dk, dv = _split(dqkv[b], NH)
         do, o = (x.reshape(B, T, NH, -1)[b].transpose(1, 0, 2) for x in (dout, out))  # (NH,T,hs)
@@ -89,6 +93,8 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
                 np.matmul(ds, k[h, :end], out=dq[h, rows])
                 _add_product(dk[h, :end], ds.transpose(0, 2, 1), q[h, rows], end == T)
                 _add_product(dv[h, :end], a.transpose(0, 2, 1), do[h, rows], end == T)
+
+    for_blocks(row, B, 1, NH * T * T)
 
 
 def _add_product(out, left, right, write):

@@ -14,6 +14,8 @@ import numpy as np
 # of one operand in a block. measured on 2 cores with 1 MiB of L2 each and 32 MiB of shared L3: a NumPy call costs 2 us
 # and the interpreter lock changes hands at each, so 2 MiB is 1.5 (classifier) to 4 times (AdamW) as fast as 64 KiB
 BLOCK_BYTES = 1 << 21
+# of the largest operand, from which on a second thread pays: waking it takes 0.1 ms on a virtual machine
+PARALLEL_BYTES = 1 << 23
 
 _local = threading.local()
 _workers: list[ThreadPoolExecutor] = []  # of one thread each, so that a share always meets the same scratch buffers
@@ -37,26 +39,27 @@ def scratch(key: str, shape: tuple[int, ...], dtype) -> np.ndarray:
     return buffer[:size].reshape(shape)
 
 
-def rows_per_block(row_floats: int) -> int:
-    """How many rows of `row_floats` float32 values make a block."""
-    return max(1, BLOCK_BYTES // (4 * row_floats))
+def rows_per_block(rows: int, row_floats: int) -> int:
+    """Rows of `row_floats` float32 values in a block, such that `rows` make blocks of about equal size, an even number.
+
+    One block if all of it fits. Depends on the sizes alone, not on the number of threads.
+    """
+    size = 4 * row_floats * rows
+    blocks = 2 * -(-size // (2 * BLOCK_BYTES)) if size > BLOCK_BYTES else 1
+    return -(-rows // blocks)
 
 
-def for_blocks(work: Callable[[int, int], None], rows: int, block: int) -> None:
-    """Call work(start, stop) for each block of rows, on all cores if there is more than one."""
+def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floats: int = 1) -> None:
+    """Call work(start, stop) for each block of rows, on all cores if `rows` of `row_floats` values are enough."""
     starts = range(0, rows, block)
-    threads = min(num_threads(), len(starts))
-    if threads <= 1:
-        for start in starts:
-            work(start, min(start + block, rows))
-        return
-    while len(_workers) < threads - 1:
-        _workers.append(ThreadPoolExecutor(1, thread_name_prefix="kernels.cpu"))
+    threads = min(num_threads(), len(starts)) if 4 * row_floats * rows >= PARALLEL_BYTES else 1
 
     def share(mine):
         for start in mine:
             work(start, min(start + block, rows))
 
+    while len(_workers) < threads - 1:
+        _workers.append(ThreadPoolExecutor(1, thread_name_prefix="kernels.cpu"))
     per_thread = -(-len(starts) // threads)
     shares = [starts[i * per_thread : (i + 1) * per_thread] for i in range(threads)]
     others = [worker.submit(share, mine) for worker, mine in zip(_workers, shares[1:])]

@@ -24,4 +24,4 @@ def fused_classifier(losses, logits, targets, V, dloss):
         z[n, target] -= dloss
         logits[start:stop, V:] = 0
 
-    for_blocks(rows, N, rows_per_block(Vp))
+    for_blocks(rows, N, rows_per_block(N, Vp), Vp)

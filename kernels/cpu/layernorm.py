@@ -24,7 +24,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         y *= weight
         y += bias
 
-    for_blocks(rows, N, rows_per_block(C))
+    for_blocks(rows, N, rows_per_block(N, C), C)
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
@@ -34,7 +34,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
         dx = rstd * (g - mean_C(g) - xhat * mean_C(g * xhat));   dw = sum_n xhat * dy;   db = sum_n dy
     """
     N, C = inp.shape
-    block = rows_per_block(C)
+    block = rows_per_block(N, C)
     partial = scratch("layernorm_partial", (2, -(-N // block), C), inp.dtype)  # each block's sums for dweight, dbias
 
     def rows(start, stop):
@@ -54,6 +54,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
         g *= rstd[start:stop, None]
         dinp[start:stop] += g
 
-    for_blocks(rows, N, block)
+    for_blocks(rows, N, block, C)
     dweight += np.add.reduce(partial[0], axis=0)
     dbias += np.add.reduce(partial[1], axis=0)
