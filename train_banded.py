@@ -140,6 +140,7 @@ class GPT2:
     ):
         self.ops, self.config, self.B, self.T = device, config, B, T
         self.fc1_bandwidth, self.fc2_bandwidth = fc1_bandwidth, fc2_bandwidth  # 0 = dense
+        self.masked, self.fc1, self.fc2 = False, 0, 0  # the bands of the products: none until the weights are masked
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = self._buffer(params)
         self.grads_flat = self.m_flat = self.v_flat = self.acts = self.decoder = None
@@ -155,8 +156,9 @@ class GPT2:
         return SimpleNamespace(**{name: self.ops.zeros(shape) for name, shape in shapes.items()})
 
     def mask_weights(self):
-        """Zero the weights outside the bands."""
+        """Zero the weights outside the bands. From then on products skip them, and gradients, m and v stay 0 there."""
         self._mask(self.params)
+        self.masked, self.fc1, self.fc2 = True, self.fc1_bandwidth, self.fc2_bandwidth
 
     def _mask(self, tensors):
         if self.fc1_bandwidth:
@@ -188,9 +190,9 @@ class GPT2:
             ops.matmul_forward(a.residual2[l], a.atty[l], p.attprojw[l], p.attprojb[l])
             ops.residual_forward(a.residual2[l], a.residual2[l], residual)
             ops.layernorm_forward(a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l], a.residual2[l], p.ln2w[l], p.ln2b[l])
-            ops.matmul_forward(a.fch[l], a.ln2[l], p.fcw[l], p.fcb[l])
+            ops.band_matmul_forward(a.fch[l], a.ln2[l], p.fcw[l], p.fcb[l], self.fc1)
             ops.gelu_forward(a.fch_gelu[l], a.fch[l])
-            ops.matmul_forward(a.residual3[l], a.fch_gelu[l], p.fcprojw[l], p.fcprojb[l])
+            ops.band_matmul_forward(a.residual3[l], a.fch_gelu[l], p.fcprojw[l], p.fcprojb[l], self.fc2)
             ops.residual_forward(a.residual3[l], a.residual3[l], a.residual2[l])
             residual = a.residual3[l]
         ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, residual, p.lnfw, p.lnfb)
@@ -224,9 +226,11 @@ class GPT2:
         ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, last, p.lnfw, a.lnf_mean, a.lnf_rstd)
         for l in reversed(range(L)):
             residual = a.residual3[l - 1] if l > 0 else a.encoded
-            ops.matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu[l], p.fcprojw[l], beta)
+            ops.band_matmul_backward(
+                d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu[l], p.fcprojw[l], self.fc2, beta
+            )
             ops.gelu_backward(d.bt4c, a.fch[l], d.bt4c)
-            ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, a.ln2[l], p.fcw[l], beta)
+            ops.band_matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, a.ln2[l], p.fcw[l], self.fc1, beta)
             ops.layernorm_backward(
                 d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2[l], p.ln2w[l], a.ln2_mean[l], a.ln2_rstd[l]
             )
@@ -237,7 +241,8 @@ class GPT2:
                 d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean[l], a.ln1_rstd[l]
             )
         ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
-        self._mask(g)
+        if not self.masked:
+            self._mask(g)
 
     def update(self, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decay_all=True, grad_clip=0.0):
         """AdamW update number t = 1, 2, ...; returns the gradient norm if grad_clip > 0, else None."""
@@ -249,7 +254,8 @@ class GPT2:
             tensors = (getattr(buffer, name) for buffer in (self.params, self.grads, self.m, self.v))
             decay = weight_decay if decay_all or name in MATRICES else 0.0
             self.ops.adamw_update(*tensors, t, lr, beta1, beta2, eps, decay, scale)
-        self.mask_weights()
+        if not self.masked:
+            self.mask_weights()
         return norm
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None):
@@ -373,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
         train_loader.restore(state.shard, state.sample, state.shuffle)
         sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
-    elif args.mask_init:
+    if state or args.mask_init:
         model.mask_weights()
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)

@@ -6,6 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu.band_mask import band_columns
+from kernels.cpu.band_matmul import band_pays
 from kernels.cpu.blocks import PARALLEL_BYTES
 
 
@@ -260,6 +261,37 @@ def test_band_mask_leaves_plus_zero_and_the_band_untouched():
     assert (start, stop) == (4, 7)  # |20 - 4i| <= 4
     assert (weight[0, 20, 4:7] == -1).all()
     assert not np.signbit(weight[0, 20, :4]).any()
+
+
+@pytest.mark.parametrize("C, bandwidth", [(16, 8), (96, 30), (128, 256), (192, 1), (200, 77)])
+@pytest.mark.parametrize("layer", ["FC1", "FC2"])
+def test_band_matmul(C, bandwidth, layer):
+    """By blocks or dense, the products of a banded weight and their gradients, which are zero outside the band."""
+    N, (OC, IC) = 7, (4 * C, C) if layer == "FC1" else (C, 4 * C)
+    band = np.ones((1, OC, IC))
+    ops.band_mask(band, bandwidth)
+
+    def forward(inp, weight, bias):
+        out = np.full((N, OC), np.nan, inp.dtype)
+        ops.band_matmul_forward(out, inp, (weight * band[0]).astype(inp.dtype), bias, bandwidth)
+        return (out,)
+
+    def backward(dout, saved, inp, weight, bias):
+        weight = (weight * band[0]).astype(inp.dtype)
+        dinp, dweight, dbias = np.full_like(inp, np.nan), np.zeros_like(weight), np.zeros_like(bias)
+        ops.band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth)
+        once = dweight.copy()
+        ops.band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth, beta=1)
+        assert relative(dweight, 2 * once) < 1e-6 and not dweight[band[0] == 0].any()
+        return dict(inp=dinp, weight=once, bias=dbias / 2)
+
+    check_op(forward, backward, inp=(N, IC), weight=(OC, IC), bias=(OC,))
+
+
+def test_band_matmul_goes_by_blocks_where_these_are_few():
+    assert band_pays(3072, 768, 256) and band_pays(768, 3072, 256) and band_pays(2048, 512, 256)
+    assert not band_pays(512, 128, 256)  # blocks of 64 channels leave nothing out
+    assert not band_pays(3072, 768, 0) and not band_pays(3072, 768, 8 * 768)
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):

@@ -5,6 +5,7 @@ import numpy as np
 from kernels.cpu.adamw import adamw_update
 from kernels.cpu.attention import attention_backward, attention_forward
 from kernels.cpu.band_mask import band_count, band_mask
+from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cpu.blocks import num_threads
 from kernels.cpu.encoder import encoder_backward, encoder_forward
 from kernels.cpu.fused_classifier import fused_classifier
@@ -20,6 +21,8 @@ __all__ = [
     "attention_forward",
     "band_count",
     "band_mask",
+    "band_matmul_backward",
+    "band_matmul_forward",
     "describe",
     "encoder_backward",
     "encoder_forward",
