@@ -15,7 +15,7 @@ from kernels.cpu.blocks import for_blocks, scratch
 
 QUERIES = 64  # in a block; half of its square of scores lies above the diagonal and is wasted
 SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
-FUTURE = ~np.tri(QUERIES, dtype=bool)
+FUTURE = np.where(np.tri(QUERIES), np.float32(0), np.float32(-np.inf))  # added to the scores: faster than a choice
 
 
 def _head_groups(NH, queries, T):
@@ -35,7 +35,7 @@ def _causal_scores(q, k, first, scale):
     s = scratch("attention_scores", (n, t, first + t), q.dtype)
     np.matmul(q, k.transpose(0, 2, 1), out=s)
     s *= scale
-    np.copyto(s[:, :, first:], -np.inf, where=FUTURE[:t, :t])
+    s[:, :, first:] += FUTURE[:t, :t]
     return s
 
 
