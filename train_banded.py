@@ -10,8 +10,6 @@ channel i and hidden unit j; masked are the initial weights, their gradients, an
 """
 
 import math
-import os
-import sys
 import time
 import warnings
 from argparse import Namespace
@@ -20,18 +18,16 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from llmc import options, table
+from llmc import loop, options, table
 from llmc.checkpoint import BANDED, DENSE, MATRICES, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError, run
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
-from llmc.resume import save_checkpoint
-from llmc.sampler import Sampler, sample_logits
+from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
-from llmc.state import TrainState
-from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
+from llmc.tokenizer import end_of_text, open_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -300,42 +296,12 @@ class GPT2:
 # the loop
 
 
-def evaluate(model: GPT2, loader: DataLoader, batches: int) -> float:
-    """Mean loss over the first `batches` of the validation data."""
-    loader.reset()
-    return sum(model.forward(*loader.next_batch()) for _ in range(batches)) / batches
-
-
-def check_finite(name: str, loss: float, step: int, path: str):
-    """Raise UserError for a loss of NaN or infinity: nothing that follows may overwrite a good checkpoint."""
-    if not math.isfinite(loss):
-        message = f"{name} loss {loss} at step {step} of the run from {path}: it cannot go on, earlier saves stay"
-        raise UserError(message, "lower -l, limit gradients by --grad-clip 1, or start from another model file")
-
-
-def sample(model: GPT2, tokenizer: Tokenizer | None, sampler: Sampler, count: int):
-    """Print `count` - 1 tokens drawn from the model after an end-of-text token, as the C trainers do."""
-    print("generating:\n---", flush=True)
-    token = end_of_text(tokenizer, model.config.V)
-    for t in range(1, count):
-        logits = model.extend(np.array([token], np.int32), t - 1)
-        token = sample_logits(logits, sampler.random_f32())
-        sys.stdout.buffer.write(tokenizer.printable(token) if tokenizer else b"%d " % token)
-        sys.stdout.buffer.flush()
-    print("\n---", flush=True)
-
-
 def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
-    """Write the checkpoint, and the optimizer state for a run that goes on at `step`."""
+    """Write the checkpoint, bands in its header, and the optimizer state for a run that goes on at `step`."""
     host, bands = model.ops.to_host, (model.fc1_bandwidth, model.fc2_bandwidth)
-    position, kind = (loader.shard, loader.sample), BANDED if any(bands) else DENSE
-    file = Model(model.config, host(model.params_flat), step, *position, kind, bands)
-    moments = host(model.m_flat), host(model.v_flat)
-    state = TrainState(step, sampler.state, *position, *moments, loader.state(), options.saved_options(args))
-    print(f"saving checkpoint to {args.checkpoint}", flush=True)
-    save_checkpoint(args.checkpoint, file, state)
-    megabytes = os.path.getsize(args.checkpoint) / 2**20
-    print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
+    kind = BANDED if any(bands) else DENSE
+    file = Model(model.config, host(model.params_flat), step, kind=kind, fields=bands)
+    loop.save(args, file, host(model.m_flat), host(model.v_flat), loader, sampler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -349,6 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device)
     tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
+    start_token = end_of_text(tokenizer, config.V)
     sampler = Sampler(args.seed or 1337)
 
     # the data; one batch to overfit is the first of the validation data, as in train_gpt2.cu
@@ -394,15 +361,15 @@ def main(argv: list[str] | None = None) -> int:
                     save(args, model, step, train_loader, sampler)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = evaluate(model, val_loader, val_batches)
-                check_finite("val", val_loss, step, args.model)
+                val_loss = loop.evaluate(model, val_loader, val_batches)
+                loop.check_finite("val", val_loss, step, args.model)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
                 save(args, model, step, train_loader, sampler)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
-                sample(model, tokenizer, sampler, args.sample_tokens)
+                loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
             if last_step:
                 break
 
@@ -413,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
             for micro_step in range(grad_accum):
                 loss += model.forward(*train_loader.next_batch(), grad_accum) / grad_accum
                 model.backward(first=micro_step == 0)
-            check_finite("train", loss, step + 1, args.model)
+            loop.check_finite("train", loss, step + 1, args.model)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
             elapsed = time.perf_counter() - started

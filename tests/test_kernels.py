@@ -290,7 +290,7 @@ def test_band_matmul(C, bandwidth, layer):
 
 def test_band_matmul_goes_by_blocks_where_these_are_few():
     assert band_pays(3072, 768, 256) and band_pays(768, 3072, 256) and band_pays(2048, 512, 256)
-    assert not band_pays(512, 128, 256)  # blocks of 64 channels leave nothing out
+    assert not band_pays(512, 128, 256)  # blocks of 32 channels hold three quarters
     assert not band_pays(3072, 768, 0) and not band_pays(3072, 768, 8 * 768)
 
 
