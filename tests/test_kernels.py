@@ -6,7 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu.band_mask import band_columns
-from kernels.cpu.band_matmul import band_pays
+from kernels.cpu.band_matmul import _blocks
 from kernels.cpu.blocks import PARALLEL_BYTES
 
 
@@ -289,9 +289,12 @@ def test_band_matmul(C, bandwidth, layer):
 
 
 def test_band_matmul_goes_by_blocks_where_these_are_few():
-    assert band_pays(3072, 768, 256) and band_pays(768, 3072, 256) and band_pays(2048, 512, 256)
-    assert not band_pays(512, 128, 256)  # blocks of 32 channels hold three quarters
-    assert not band_pays(3072, 768, 0) and not band_pays(3072, 768, 8 * 768)
+    def share(C, bandwidth):
+        return sum((r.stop - r.start) * (c.stop - c.start) for r, c in _blocks(4 * C, C, bandwidth)) / (4 * C * C)
+
+    assert share(768, 256) == 0.125 - 2 * 32 * 128 / 2359296  # 24 blocks of 128 x 96, the outer two 32 columns less
+    assert share(512, 256) < 0.2 and share(768, 1024) < 0.4
+    assert share(128, 256) == share(768, 8 * 768) == 1  # not worth it
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):

@@ -18,24 +18,36 @@ SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
 FUTURE = np.where(np.tri(QUERIES), np.float32(0), np.float32(-np.inf))  # added to the scores: faster than a choice
 
 
-def _head_groups(NH, queries, T):
-    """Slices of heads whose scores (queries x T each) fit a block together."""
-    group = max(1, min(NH, SCORES // (queries * T)))
+def _head_groups(B, NH, queries, T):
+    """Slices of heads whose scores (B x queries x T each) fit a block together."""
+    group = max(1, min(NH, SCORES // (B * queries * T)))
     return [slice(first, min(first + group, NH)) for first in range(0, NH, group)]
 
 
+def _batch_rows(NH, T):
+    """How many rows of a batch to take at once: several if all their scores fit a block."""
+    return max(1, SCORES // (NH * min(T, QUERIES) * T))
+
+
+def _heads(x, NH):
+    """(B,T,C) -> view (B,NH,T,hs)"""
+    B, T, _ = x.shape
+    return x.reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
+
+
 def _split(qkv, NH):
-    """qkv (T,3C) -> q, k, v, each a view (NH,T,hs)"""
-    return qkv.reshape(len(qkv), 3, NH, -1).transpose(1, 2, 0, 3)
+    """(B,T,3C) -> q, k, v, each a view (B,NH,T,hs)"""
+    B, T, _ = qkv.shape
+    return qkv.reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
 
 
 def _causal_scores(q, k, first, scale):
-    """q (n,t,hs) at positions first.., k (n,first+t,hs) -> scaled scores (n,t,first+t), -inf for the future."""
-    n, t, _ = q.shape
-    s = scratch("attention_scores", (n, t, first + t), q.dtype)
-    np.matmul(q, k.transpose(0, 2, 1), out=s)
+    """q (B,n,t,hs) at positions first.., k (B,n,first+t,hs) -> scaled scores (B,n,t,first+t), -inf for the future."""
+    B, n, t, _ = q.shape
+    s = scratch("attention_scores", (B, n, t, first + t), q.dtype)
+    np.matmul(q, k.swapaxes(2, 3), out=s)
     s *= scale
-    s[:, :, first:] += FUTURE[:t, :t]
+    s[..., first:] += FUTURE[:t, :t]
     return s
 
 
@@ -44,23 +56,23 @@ def attention_forward(out, lse, qkv, NH, start=0):
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
 
-    def row(b, _):
-        q, k, v = _split(qkv[b], NH)
-        o = out.reshape(B, T - start, NH, -1)[b].transpose(1, 0, 2)  # (NH,T-start,hs)
+    def batch_rows(begin, stop):
+        q, k, v = _split(qkv[begin:stop], NH)
+        o, log_sums = _heads(out.reshape(B, T - start, -1)[begin:stop], NH), lse[begin:stop]
         for first in range(start, T, QUERIES):
             end = min(first + QUERIES, T)
             rows = slice(first - start, end - start)
-            for h in _head_groups(NH, end - first, end):
-                s = _causal_scores(q[h, first:end], k[h, :end], first, scale)
-                top = s.max(axis=2)  # (n,t)
-                s -= top[:, :, None]
+            for h in _head_groups(stop - begin, NH, end - first, end):
+                s = _causal_scores(q[:, h, first:end], k[:, h, :end], first, scale)
+                top = s.max(axis=3)  # (B,n,t)
+                s -= top[..., None]
                 np.exp(s, out=s)
-                total = s.sum(axis=2)
-                np.matmul(s, v[h, :end], out=o[h, rows])
-                o[h, rows] /= total[:, :, None]
-                lse[b, h, rows] = top + np.log(total)
+                total = s.sum(axis=3)
+                np.matmul(s, v[:, h, :end], out=o[:, h, rows])
+                o[:, h, rows] /= total[..., None]
+                log_sums[:, h, rows] = top + np.log(total)
 
-    for_blocks(row, B, 1, NH * T * T)
+    for_blocks(batch_rows, B, _batch_rows(NH, T), NH * T * T)
 
 
 def attention_backward(dqkv, dout, qkv, out, lse, NH):
@@ -74,31 +86,31 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
 
-    def row(b, _):
-        q, k, v = _split(qkv[b], NH)
-        dq, dk, dv = _split(dqkv[b], NH)
-        do, o = (x.reshape(B, T, NH, -1)[b].transpose(1, 0, 2) for x in (dout, out))  # (NH,T,hs)
+    def batch_rows(begin, stop):
+        q, k, v = _split(qkv[begin:stop], NH)
+        dq, dk, dv = _split(dqkv[begin:stop], NH)
+        do, o = (_heads(x.reshape(B, T, -1)[begin:stop], NH) for x in (dout, out))
         for first in reversed(range(0, T, QUERIES)):
             end = min(first + QUERIES, T)
             rows = slice(first, end)
-            for h in _head_groups(NH, end - first, end):
-                a = _causal_scores(q[h, rows], k[h, :end], first, scale)
-                a -= lse[b, h, rows, None]
+            for h in _head_groups(stop - begin, NH, end - first, end):
+                a = _causal_scores(q[:, h, rows], k[:, h, :end], first, scale)
+                a -= lse[begin:stop, h, rows, None]
                 np.exp(a, out=a)
                 ds = scratch("attention_dscores", a.shape, a.dtype)
-                np.matmul(do[h, rows], v[h, :end].transpose(0, 2, 1), out=ds)
-                ds -= np.einsum("htc,htc->ht", do[h, rows], o[h, rows])[:, :, None]
+                np.matmul(do[:, h, rows], v[:, h, :end].swapaxes(2, 3), out=ds)
+                ds -= np.einsum("bhtc,bhtc->bht", do[:, h, rows], o[:, h, rows])[..., None]
                 ds *= a
                 ds *= scale
-                np.matmul(ds, k[h, :end], out=dq[h, rows])
-                _add_product(dk[h, :end], ds.transpose(0, 2, 1), q[h, rows], end == T)
-                _add_product(dv[h, :end], a.transpose(0, 2, 1), do[h, rows], end == T)
+                np.matmul(ds, k[:, h, :end], out=dq[:, h, rows])
+                _add_product(dk[:, h, :end], ds.swapaxes(2, 3), q[:, h, rows], end == T)
+                _add_product(dv[:, h, :end], a.swapaxes(2, 3), do[:, h, rows], end == T)
 
-    for_blocks(row, B, 1, NH * T * T)
+    for_blocks(batch_rows, B, _batch_rows(NH, T), NH * T * T)
 
 
 def _add_product(out, left, right, write):
-    """out = left @ right if `write`, else out += left @ right; (n,rows,hs)"""
+    """out = left @ right if `write`, else out += left @ right; (B,n,rows,hs)"""
     if write:
         np.matmul(left, right, out=out)
     else:

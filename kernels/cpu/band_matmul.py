@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kernels.cpu.band_mask import band_columns, band_mask
+from kernels.cpu.band_mask import band_columns
 from kernels.cpu.blocks import scratch
 from kernels.cpu.matmul import matmul_backward, matmul_forward
 
@@ -19,8 +19,8 @@ PAYS = 0.5  # blocks that cover more of the weight than this are multiplied no f
 
 
 @lru_cache(maxsize=64)
-def _row_blocks(rows, columns, bandwidth):
-    """[(row slice, column slice)] that cover the band of a (rows,columns) weight."""
+def _blocks(rows, columns, bandwidth):
+    """[(row slice, column slice)] that cover the band of a (rows,columns) weight; all of it in one if that is faster."""
     height = CHANNELS if rows < columns else 4 * CHANNELS
     blocks = []
     for first in range(0, rows, height):
@@ -28,14 +28,15 @@ def _row_blocks(rows, columns, bandwidth):
         start, _ = band_columns(first, rows, columns, bandwidth)  # both ends of the band move on with the row
         _, stop = band_columns(end - 1, rows, columns, bandwidth)
         blocks.append((slice(first, end), slice(start, max(start, stop))))
-    return blocks
+    area = sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks)
+    return blocks if area <= PAYS * rows * columns else [(slice(0, rows), slice(0, columns))]
 
 
 @lru_cache(maxsize=64)
 def _masks(rows, columns, bandwidth):
-    """The band within each row block, as float32 0 and 1."""
+    """The band within each block, as float32 0 and 1."""
     masks = []
-    for block_rows, block_columns in _row_blocks(rows, columns, bandwidth):
+    for block_rows, block_columns in _blocks(rows, columns, bandwidth):
         mask = np.zeros((block_rows.stop - block_rows.start, columns), np.float32)
         for row in range(block_rows.start, block_rows.stop):
             mask[row - block_rows.start, slice(*band_columns(row, rows, columns, bandwidth))] = 1
@@ -43,38 +44,25 @@ def _masks(rows, columns, bandwidth):
     return masks
 
 
-@lru_cache(maxsize=64)
-def band_pays(rows, columns, bandwidth):
-    """Whether the products of a (rows,columns) weight go by blocks: if these are a small enough part of it."""
-    blocks = _row_blocks(rows, columns, bandwidth)
-    area = sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks)
-    return bandwidth > 0 and area <= PAYS * rows * columns
-
-
 def band_matmul_forward(out, inp, weight, bias, bandwidth):
     """out (N,OC) from inp (N,C), weight (OC,C) that is zero outside its band, bias (OC); OC = 4C or C = 4 OC."""
-    if not band_pays(*weight.shape, bandwidth):
+    if not bandwidth:
         matmul_forward(out, inp, weight, bias)
         return
-    for rows, columns in _row_blocks(*weight.shape, bandwidth):
+    for rows, columns in _blocks(*weight.shape, bandwidth):
         np.matmul(inp[:, columns], weight[rows, columns].T, out=out[:, rows])
     out += bias
 
 
 def band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth, beta=0):
-    """As matmul_backward, with dweight (OC,C) zero outside the band.
-
-    By blocks, the part of dweight outside them is not written: it must be zero already.
-    """
-    OC, C = weight.shape
-    if not band_pays(OC, C, bandwidth):
+    """As matmul_backward; what is outside the band in dweight (OC,C) must be zero and stays so."""
+    if not bandwidth:
         matmul_backward(dinp, dweight, dbias, dout, inp, weight, beta)
-        if bandwidth:
-            band_mask(dweight[None], bandwidth)
         return
-    for columns, rows in _row_blocks(C, OC, bandwidth):  # the band of the transposed weight
+    OC, C = weight.shape
+    for columns, rows in _blocks(C, OC, bandwidth):  # the band of the transposed weight
         np.matmul(dout[:, rows], weight[rows, columns], out=dinp[:, columns])
-    for (rows, columns), mask in zip(_row_blocks(OC, C, bandwidth), _masks(OC, C, bandwidth)):
+    for (rows, columns), mask in zip(_blocks(OC, C, bandwidth), _masks(OC, C, bandwidth)):
         block = dweight[rows, columns]
         if beta:
             product = scratch("band_matmul_dweight", block.shape, block.dtype)
