@@ -246,13 +246,13 @@ class GPT2:
             self.allocate_moments()
         norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
-        if decay_all:
-            buffers = self.params_flat, self.grads_flat, self.m_flat, self.v_flat
-            self.ops.adamw_update(*buffers, t, lr, beta1, beta2, eps, weight_decay, scale)
-        else:
-            for name in self.shapes:
-                tensors = (getattr(views, name) for views in (self.params, self.grads, self.m, self.v))
-                decay = weight_decay if name in MATRICES else 0.0
+        for name in self.shapes:
+            tensors = [getattr(views, name) for views in (self.params, self.grads, self.m, self.v)]
+            decay = weight_decay if decay_all or name in MATRICES else 0.0
+            bandwidth = {"fcw": self.fc1, "fcprojw": self.fc2}.get(name, 0)
+            if bandwidth:
+                self.ops.band_adamw_update(*tensors, bandwidth, t, lr, beta1, beta2, eps, decay, scale)
+            else:
                 self.ops.adamw_update(*tensors, t, lr, beta1, beta2, eps, decay, scale)
         if not self.masked:
             self.mask_weights()

@@ -6,7 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu.band_mask import band_columns
-from kernels.cpu.band_matmul import _blocks
+from kernels.cpu.band_matmul import blocks_of_band
 from kernels.cpu.blocks import PARALLEL_BYTES
 
 
@@ -215,6 +215,20 @@ def test_adamw_follows_the_formula():
     assert relative(p, p2) < 1e-14 and relative(m, m2) < 1e-14 and relative(v, v2) < 1e-14
 
 
+@pytest.mark.parametrize("C, bandwidth", [(256, 64), (16, 8)])  # by blocks, and all at once
+@pytest.mark.parametrize("layer", ["FC1", "FC2"])
+def test_band_adamw_is_adamw(C, bandwidth, layer):
+    rng, shape = np.random.default_rng(11), (2, 4 * C, C) if layer == "FC1" else (2, C, 4 * C)
+    tensors = rng.standard_normal((4, *shape))
+    tensors[3] **= 2
+    for tensor in tensors:
+        ops.band_mask(tensor, bandwidth)
+    banded, settings = tensors.copy(), (3, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5)
+    ops.adamw_update(*tensors, *settings)
+    ops.band_adamw_update(*banded, bandwidth, *settings)
+    assert banded.tobytes() == tensors.tobytes()
+
+
 def test_adamw_first_step_moves_by_lr():
     """m/c1 = g and sqrt(v/c2) = |g|: without decay the first update is lr, whatever the gradient's size."""
     p, g = np.zeros(4, "f"), np.array([1e-3, -5.0, 2e4, 0.0], "f")
@@ -290,7 +304,9 @@ def test_band_matmul(C, bandwidth, layer):
 
 def test_band_matmul_goes_by_blocks_where_these_are_few():
     def share(C, bandwidth):
-        return sum((r.stop - r.start) * (c.stop - c.start) for r, c in _blocks(4 * C, C, bandwidth)) / (4 * C * C)
+        return sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks_of_band(4 * C, C, bandwidth)) / (
+            4 * C * C
+        )
 
     assert share(768, 256) == 0.125 - 2 * 32 * 128 / 2359296  # 24 blocks of 128 x 96, the outer two 32 columns less
     assert share(512, 256) < 0.2 and share(768, 1024) < 0.4

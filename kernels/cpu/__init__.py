@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kernels.cpu.adamw import adamw_update
+from kernels.cpu.adamw import adamw_update, band_adamw_update
 from kernels.cpu.attention import attention_backward, attention_forward
 from kernels.cpu.band_mask import band_count, band_mask
 from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
@@ -19,6 +19,7 @@ __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
+    "band_adamw_update",
     "band_count",
     "band_mask",
     "band_matmul_backward",

@@ -19,8 +19,8 @@ PAYS = 0.5  # blocks that cover more of the weight than this are multiplied no f
 
 
 @lru_cache(maxsize=64)
-def _blocks(rows, columns, bandwidth):
-    """[(row slice, column slice)] that cover the band of a (rows,columns) weight; all of it in one if that is faster."""
+def blocks_of_band(rows, columns, bandwidth):
+    """[(row slice, column slice)] that cover the band of a (rows,columns) weight; a single one if many save little."""
     height = CHANNELS if rows < columns else 4 * CHANNELS
     blocks = []
     for first in range(0, rows, height):
@@ -36,7 +36,7 @@ def _blocks(rows, columns, bandwidth):
 def _masks(rows, columns, bandwidth):
     """The band within each block, as float32 0 and 1."""
     masks = []
-    for block_rows, block_columns in _blocks(rows, columns, bandwidth):
+    for block_rows, block_columns in blocks_of_band(rows, columns, bandwidth):
         mask = np.zeros((block_rows.stop - block_rows.start, columns), np.float32)
         for row in range(block_rows.start, block_rows.stop):
             mask[row - block_rows.start, slice(*band_columns(row, rows, columns, bandwidth))] = 1
@@ -49,7 +49,7 @@ def band_matmul_forward(out, inp, weight, bias, bandwidth):
     if not bandwidth:
         matmul_forward(out, inp, weight, bias)
         return
-    for rows, columns in _blocks(*weight.shape, bandwidth):
+    for rows, columns in blocks_of_band(*weight.shape, bandwidth):
         np.matmul(inp[:, columns], weight[rows, columns].T, out=out[:, rows])
     out += bias
 
@@ -60,9 +60,9 @@ def band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth, bet
         matmul_backward(dinp, dweight, dbias, dout, inp, weight, beta)
         return
     OC, C = weight.shape
-    for columns, rows in _blocks(C, OC, bandwidth):  # the band of the transposed weight
+    for columns, rows in blocks_of_band(C, OC, bandwidth):  # the band of the transposed weight
         np.matmul(dout[:, rows], weight[rows, columns], out=dinp[:, columns])
-    for (rows, columns), mask in zip(_blocks(OC, C, bandwidth), _masks(OC, C, bandwidth)):
+    for (rows, columns), mask in zip(blocks_of_band(OC, C, bandwidth), _masks(OC, C, bandwidth)):
         block = dweight[rows, columns]
         if beta:
             product = scratch("band_matmul_dweight", block.shape, block.dtype)
