@@ -32,7 +32,7 @@ SIZES = {"tiny": GPT2Config(maxT=256, L=4, NH=4, C=128), "124M": GPT2Config()}
 STEPS = {"tiny": 40, "124M": 12}
 PROGRAMS = {"torch": "PyTorch eager", "dense": "ours, dense", "w256": "ours, FC1 band 256", "both256": "ours, both 256"}
 WARM_UP = 3
-SETTLE = 0.1  # seconds between turns: the threads of a BLAS spin a while before they sleep
+SETTLE = 0.02  # seconds between turns: the threads of a BLAS spin a while before they sleep
 
 
 def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):

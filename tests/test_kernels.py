@@ -304,9 +304,8 @@ def test_band_matmul(C, bandwidth, layer):
 
 def test_band_matmul_goes_by_blocks_where_these_are_few():
     def share(C, bandwidth):
-        return sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks_of_band(4 * C, C, bandwidth)) / (
-            4 * C * C
-        )
+        blocks = blocks_of_band(4 * C, C, bandwidth)
+        return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks) / (4 * C * C)
 
     assert share(768, 256) == 0.125 - 2 * 32 * 128 / 2359296  # 24 blocks of 128 x 96, the outer two 32 columns less
     assert share(512, 256) < 0.2 and share(768, 1024) < 0.4

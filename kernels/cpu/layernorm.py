@@ -16,7 +16,8 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     def rows(start, stop):
         x, y = inp[start:stop], out[start:stop]
-        np.mean(x, axis=1, out=mean[start:stop])
+        np.add.reduce(x, axis=1, out=mean[start:stop])
+        mean[start:stop] /= C
         np.subtract(x, mean[start:stop, None], out=y)  # (n,C) centred
         var = np.einsum("nc,nc->n", y, y) / C  # (n)
         rstd[start:stop] = 1 / np.sqrt(var + EPS)
