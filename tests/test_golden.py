@@ -114,7 +114,8 @@ def test_check_gpt2_prints_as_llmc_does(tmp_path):
     bad = check_gpt2(tmp_path / "model.bin", tmp_path / "bad.bin")
     lines = bad.stdout.splitlines()
     assert bad.returncode == 1 and lines[-1] == "overall okay: 0"
-    assert lines[lines.index("dfcw") + 6].startswith("TENSOR NOT OK, maxdiff = 1.0")
+    verdict, difference = lines[lines.index("dfcw") + 6].split(", maxdiff = ")
+    assert verdict == "TENSOR NOT OK" and abs(float(difference) - 1e-3) < 1e-8
 
     missing = check_gpt2(tmp_path / "model.bin", tmp_path / "none.bin")
     assert missing.returncode == 1 and "none.bin" in missing.stderr and "Traceback" not in missing.stderr

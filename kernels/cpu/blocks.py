@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def num_threads() -> int:
 def scratch(key: str, shape: tuple[int, ...], dtype) -> np.ndarray:
     """A buffer of this thread's own, kept from call to call and grown when needed; contents are undefined."""
     buffers = _local.__dict__
-    size = int(np.prod(shape))
+    size = prod(shape)
     buffer = buffers.get((key, dtype))
     if buffer is None or buffer.size < size:
         buffer = buffers[key, dtype] = np.empty(size, dtype)
