@@ -8,6 +8,7 @@ import pytest
 
 import train_banded
 from kernels import cpu
+from kernels.cpu.band_matmul import blocks_of_band
 from llmc.checkpoint import GPT2Config, named_views, tensor_shapes
 from llmc.init import gpt2_init
 
@@ -69,6 +70,31 @@ def test_accumulated_gradients_equal_one_batch():
             halves.backward(first=micro_step == 0)
         assert abs(sum(parts) / 2 - loss) < 1e-14
         assert np.abs(halves.grads_flat - whole.grads_flat).max() < 1e-15
+
+
+def test_band_products_train_as_masked_dense_ones():
+    """Twenty updates by blocks equal twenty with dense products, masked gradients and masked weights."""
+    config, bands = GPT2Config(maxT=6, V=11, L=2, NH=2, C=96, Vp=16), (8, 12)
+    assert len(blocks_of_band(384, 96, 8)) == 3 and len(blocks_of_band(96, 384, 12)) == 3
+    params = gpt2_init(config, 1).astype(np.float64)
+    by_blocks, masked = (train_banded.GPT2(IN_FLOAT64, config, params.copy(), 2, 5, *bands) for _ in range(2))
+    for model in (by_blocks, masked):
+        model.mask_weights()
+    for t in range(1, 21):
+        inputs, targets = batch(2, 5, seed=t)
+        masked.masked, masked.fc1, masked.fc2 = False, 0, 0  # as before the first update of --mask-init 0
+        losses = []
+        for model in (by_blocks, masked):
+            losses.append(model.forward(inputs, targets))
+            model.backward()
+            model.update(t, 1e-3, weight_decay=0.1)
+        assert abs(losses[0] - losses[1]) < 1e-12
+    assert np.abs(by_blocks.params_flat - masked.params_flat).max() < 1e-10
+    for model in (by_blocks, masked):
+        outside = model.params.fcw.copy()
+        kept = np.ones_like(outside)
+        cpu.band_mask(kept, 8)
+        assert not outside[kept == 0].any() and not model.m.fcw[kept == 0].any() and not model.v.fcw[kept == 0].any()
 
 
 @pytest.mark.parametrize("bands", [(0, 0), (16, 12)])
