@@ -38,12 +38,6 @@ needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="n
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tiny.make_folder(tmp_path / "run"))
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def train(folder, capfdbinary):
     """train("-w 8 -n 3", grad_accum=2) -> Result: the trainer on the tiny files, in this process."""
     return lambda flags="", **changed: tiny.call(

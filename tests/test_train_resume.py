@@ -26,12 +26,6 @@ EVENTS = "-v 3 -s 4"
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tiny.make_folder(tmp_path / "run"))
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def train(folder, capfdbinary):
     """train("-w 8 -n 3", grad_accum=2) -> Result: the trainer on the tiny files, in this process."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run with Ctrl-C ignored
