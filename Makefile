@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded | setup data model | test lint bench diff | help
+# llm.cupy: make train_banded | setup data model | test lint kernels roofline bench diff | help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded generate setup data model test test_slow lint bench diff clean help
+.PHONY: train_banded generate setup data model test test_slow lint kernels roofline bench diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,8 +46,11 @@ model: setup model.bin  ## model.bin: a random GPT-2 of 7.3M parameters
 model.bin: | $(VENV)/ready
 	$(PY) data/create_model.py --preset tiny -o model.bin
 
+# two CuPy packages in one environment break each other: where `make setup` installed another, the tests use that
 $(VENV)/test-ready: $(VENV)/ready requirements-test.txt
-	$(PY) -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	@other=$$($(PY) -m pip list --disable-pip-version-check --format=freeze | grep '^cupy' | grep -v '^cupy-cuda12x='); \
+	sed -E "$${other:+/^(cupy|nvidia)-/d}" requirements-test.txt > $(VENV)/requirements-test.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r $(VENV)/requirements-test.txt
 	@touch $@
 
 test: $(VENV)/test-ready  ## the tests, under 10 minutes on two cores
@@ -59,6 +62,12 @@ test_slow: $(VENV)/test-ready  ## the tests that take minutes
 lint: $(VENV)/test-ready  ## ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+kernels: $(VENV)/test-ready  ## compile the CUDA kernels for all GPUs, without one: registers, spills, warnings
+	$(PY) -m kernels.cuda.compile
+
+roofline: setup  ## bounds of every CUDA kernel on three GPUs, written into kernels/cuda/README.md
+	$(PY) -m kernels.cuda.roofline
 
 bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/step_time.py

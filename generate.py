@@ -43,7 +43,8 @@ def arguments() -> cli.ArgumentParser:
     add("--top-p", type=cli.fraction, default=1.0, help="draw among the likeliest that make up this much probability")
     add("--cache", type=cli.flag01, default=True, help="0: run the whole text again for every token")
     add("--tokenizer", help="tokenizer file (default: the model's, here or beside it)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
+    add("--tf32", type=cli.flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
     return parser
 
 
@@ -71,12 +72,12 @@ def generate(model: GPT2, tokens: list[int], count: int, choose: Callable, cache
             text, done = text[-max(1, maxT // 2) :], 0
 
 
-def open_model(path: str, device_name: str) -> tuple[GPT2, Model]:
+def open_model(path: str, device_name: str, tf32: bool = False) -> tuple[GPT2, Model]:
     """The model of a checkpoint on a device, and its file."""
     file = read_model(path)
     if file.kind not in (DENSE, BANDED):
         raise UserError(f"{path}: kind {file.kind}, expected a dense or banded GPT-2", "a newer version may know it")
-    return GPT2(kernels.open_device(device_name), file.config, file.params, B=1, T=1), file
+    return GPT2(kernels.open_device(device_name, tf32), file.config, file.params, B=1, T=1), file
 
 
 def print_text(tokens: Iterator[int], tokenizer: Tokenizer | None):
@@ -93,7 +94,7 @@ def print_text(tokens: Iterator[int], tokenizer: Tokenizer | None):
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for weights that overflow: reported below, once
     args = arguments().parse(argv)
-    model, file = open_model(args.checkpoint, args.device)
+    model, file = open_model(args.checkpoint, args.device, args.tf32)
     config = file.config
     tokenizer = open_tokenizer(args.tokenizer, args.checkpoint, config.V)
     if args.prompt and tokenizer is None:

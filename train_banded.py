@@ -162,8 +162,8 @@ class GPT2:
         if self.fc2_bandwidth:
             self.ops.band_mask(tensors.fcprojw, self.fc2_bandwidth)
 
-    def forward(self, inputs: np.ndarray, targets: np.ndarray | None = None, grad_accum: int = 1) -> float | None:
-        """inputs, targets (B,T) int32 -> mean loss (None without targets).
+    def forward(self, inputs: np.ndarray, targets: np.ndarray | None = None, grad_accum: int = 1) -> None:
+        """inputs, targets (B,T) int32 -> logits; with targets, losses, which mean_loss fetches.
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
@@ -176,28 +176,36 @@ class GPT2:
             shapes |= dict(ln2_rstd=(L, N), fch=(L, N, 4 * C), fch_gelu=(L, N, 4 * C), residual3=(L, N, C))
             shapes |= dict(lnf=(N, C), lnf_mean=(N,), lnf_rstd=(N,), logits=(N, Vp), losses=(N,))
             self.acts = self._allocate("activations", shapes)
+            self.inputs, self.targets = ops.zeros((B, T), np.int32), ops.zeros(N, np.int32)
         a = self.acts
-        ops.encoder_forward(a.encoded, inputs, p.wte, p.wpe)
+        ops.copy_in(self.inputs, inputs)
+        ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
+        ops.layernorm_forward(a.ln1[0], a.ln1_mean[0], a.ln1_rstd[0], a.encoded, p.ln1w[0], p.ln1b[0])
         residual = a.encoded  # (N,C)
         for l in range(L):
-            ops.layernorm_forward(a.ln1[l], a.ln1_mean[l], a.ln1_rstd[l], residual, p.ln1w[l], p.ln1b[l])
             ops.matmul_forward(a.qkv[l].reshape(N, 3 * C), a.ln1[l], p.qkvw[l], p.qkvb[l])
             ops.attention_forward(a.atty[l], a.lse[l], a.qkv[l], NH)
             ops.matmul_forward(a.residual2[l], a.atty[l], p.attprojw[l], p.attprojb[l])
-            ops.residual_forward(a.residual2[l], a.residual2[l], residual)
-            ops.layernorm_forward(a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l], a.residual2[l], p.ln2w[l], p.ln2b[l])
+            ln2 = (a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l])
+            ops.fused_residual_forward(a.residual2[l], *ln2, a.residual2[l], residual, p.ln2w[l], p.ln2b[l])
             ops.band_matmul_forward(a.fch[l], a.ln2[l], p.fcw[l], p.fcb[l], self.fc1)
             ops.gelu_forward(a.fch_gelu[l], a.fch[l])
             ops.band_matmul_forward(a.residual3[l], a.fch_gelu[l], p.fcprojw[l], p.fcprojb[l], self.fc2)
-            ops.residual_forward(a.residual3[l], a.residual3[l], a.residual2[l])
+            if l + 1 < L:  # the next layer's layernorm, or the last
+                ln, w, b = (a.ln1[l + 1], a.ln1_mean[l + 1], a.ln1_rstd[l + 1]), p.ln1w[l + 1], p.ln1b[l + 1]
+            else:
+                ln, w, b = (a.lnf, a.lnf_mean, a.lnf_rstd), p.lnfw, p.lnfb
+            ops.fused_residual_forward(a.residual3[l], *ln, a.residual3[l], a.residual2[l], w, b)
             residual = a.residual3[l]
-        ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, residual, p.lnfw, p.lnfb)
         ops.matmul_forward(a.logits, a.lnf, p.wte)  # (N,Vp)
-        if targets is None:
-            return None
-        self.inputs = inputs
-        ops.fused_classifier(a.losses, a.logits, targets.ravel(), self.config.V, 1 / (N * grad_accum))
-        return float(ops.to_host(a.losses).mean())
+        if targets is not None:
+            ops.copy_in(self.targets, targets.ravel())
+            ops.fused_classifier(a.losses, a.logits, self.targets, self.config.V, 1 / (N * grad_accum))
+            self.losses = ops.to_host_later(a.losses)
+
+    def mean_loss(self) -> float:
+        """The loss of the last forward with targets; waits for that, not for what was begun since."""
+        return float(self.losses().mean())
 
     def backward(self, first: bool = True):
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add."""
@@ -274,19 +282,20 @@ class GPT2:
         maxT, n, end = self.config.maxT, len(tokens), start + len(tokens)
         if self.decoder is None:
             shapes = dict(x=(maxT, C), y=(maxT, C), mean=(maxT,), rstd=(maxT,), lse=(NH * maxT,), fch=(maxT, 4 * C))
-            shapes |= dict(qkv=(L, 1, maxT, 3 * C), logits=(1, self.config.Vp))
+            shapes |= dict(z=(maxT, C), qkv=(L, 1, maxT, 3 * C), logits=(1, self.config.Vp))
             self.decoder = SimpleNamespace(**{name: ops.zeros(shape) for name, shape in shapes.items()})
+            self.decoder.tokens = ops.zeros((1, maxT), np.int32)
         a = self.decoder
-        x, y, mean, rstd, fch = (array[:n] for array in (a.x, a.y, a.mean, a.rstd, a.fch))
+        x, y, z, mean, rstd, fch = (array[:n] for array in (a.x, a.y, a.z, a.mean, a.rstd, a.fch))
         lse = a.lse[: NH * n].reshape(1, NH, n)
-        ops.encoder_forward(x, tokens.reshape(1, n), p.wte, p.wpe, start)
+        ops.copy_in(a.tokens[:, :n], tokens.reshape(1, n))
+        ops.encoder_forward(x, a.tokens[:, :n], p.wte, p.wpe, start)
         for l in range(L):
             ops.layernorm_forward(y, mean, rstd, x, p.ln1w[l], p.ln1b[l])
             ops.matmul_forward(a.qkv[l, 0, start:end], y, p.qkvw[l], p.qkvb[l])
             ops.attention_forward(y, lse, a.qkv[l, :, :end], NH, start)
-            ops.matmul_forward(fch[:, :C], y, p.attprojw[l], p.attprojb[l])
-            ops.residual_forward(x, x, fch[:, :C])
-            ops.layernorm_forward(y, mean, rstd, x, p.ln2w[l], p.ln2b[l])
+            ops.matmul_forward(z, y, p.attprojw[l], p.attprojb[l])
+            ops.fused_residual_forward(x, y, mean, rstd, x, z, p.ln2w[l], p.ln2b[l])
             ops.matmul_forward(fch, y, p.fcw[l], p.fcb[l])
             ops.gelu_forward(fch, fch)
             ops.matmul_forward(y, fch, p.fcprojw[l], p.fcprojb[l])
@@ -317,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     args, file, state = options.parse_options(parser, argv)
     bands = choose_bands(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device)
+    device = kernels.open_device(args.device, args.tf32)
     tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
     start_token = end_of_text(tokenizer, config.V)
     sampler = Sampler(args.seed or 1337)
@@ -339,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     table.heading()
     print_bands(args, bands)
     options.print_options(args)
-    options.print_model(device.describe(), config)
+    options.print_model(device.describe(), device.tf32, config)
     print_masks(device, args, config, bands)
     options.print_workload(steps, val_batches)
 
@@ -382,11 +391,13 @@ def main(argv: list[str] | None = None) -> int:
                 train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                loss += model.forward(*train_loader.next_batch(), grad_accum) / grad_accum
+                model.forward(*train_loader.next_batch(), grad_accum)
                 model.backward(first=micro_step == 0)
+                loss += model.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args.model)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
+            device.synchronize()
             elapsed = time.perf_counter() - started
             seconds += elapsed
             rate = int(B * T * grad_accum / elapsed)

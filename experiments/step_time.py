@@ -43,7 +43,8 @@ def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
     model.mask_weights()
 
     def step(t: int, inputs: np.ndarray, targets: np.ndarray) -> float:
-        loss = model.forward(inputs, targets)
+        model.forward(inputs, targets)
+        loss = model.mean_loss()
         model.backward()
         model.update(t, 1e-4)
         return loss

@@ -1,9 +1,11 @@
-"""Ops for GPT-2 training: kernels.cpu is NumPy. A device is a namespace of ops and of zeros, to_device, to_host.
+"""Ops for GPT-2 training: kernels.cpu is NumPy, kernels.cuda handwritten CUDA. A device is a namespace of ops, of what
+moves arrays (zeros, to_device, copy_in, to_host, to_host_later, synchronize), of describe() and the boolean tf32.
 
 Import this before NumPy: it sets how long the threads of OpenBLAS spin when they have nothing to do.
 """
 
 import os
+import sys
 
 from llmc.errors import UserError
 
@@ -13,10 +15,34 @@ from llmc.errors import UserError
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 
-def open_device(name: str = "auto"):
-    """The device "cpu", or the best there is for "auto". Raises UserError for a device that this version lacks."""
-    if name not in ("auto", "cpu"):
-        raise UserError(f"--device {name}: not in this version, which runs on the CPU", "--device cpu")
+def open_device(name: str = "auto", tf32: bool = False):
+    """The device "cpu" or "cuda"; "auto" is the GPU if there is one that works, else the CPU.
+
+    tf32: the GPU may round the operands of matrix products to TF32. Raises UserError if "cuda" cannot be had. Tells on
+    stderr why "auto" is the CPU, though not on a machine without an NVIDIA driver, and if tf32 has no effect.
+    """
     from kernels import cpu
 
-    return cpu
+    device = cpu if name == "cpu" else _open_cuda(tf32, name == "cuda") or cpu
+    if tf32 and not device.tf32:
+        print(f"--tf32 1 has no effect: no TF32 on {device.describe()}", file=sys.stderr)
+    return device
+
+
+def _open_cuda(tf32: bool, needed: bool):
+    """The GPU, or None. Raises UserError if it is `needed`."""
+    from kernels.driver import NoDevice, NoDriver, check_driver
+
+    try:
+        check_driver()  # first: a machine without a GPU need not even import what drives one
+        from kernels.cuda import device
+        from kernels.cuda.runtime import Runtime
+
+        return device(Runtime(tf32))
+    except NoDevice as reason:
+        if needed:
+            hint = 'pip install "cupy-cuda12x[ctk]" on a machine with an NVIDIA GPU, or --device cpu'
+            raise UserError(f"--device cuda: {reason}", hint) from None
+        if not isinstance(reason, NoDriver):
+            print(f"running on the CPU: {reason}; --device cuda says what helps", file=sys.stderr)
+        return None

@@ -1,6 +1,6 @@
 """What a training loop does besides training: validate, sample, check, save.
 
-A model here is anything with forward(inputs, targets) -> loss and extend(tokens, start) -> logits (V).
+A model here is anything with forward(inputs, targets), mean_loss() and extend(tokens, start) -> logits (V).
 """
 
 import math
@@ -23,7 +23,11 @@ from llmc.tokenizer import Tokenizer
 def evaluate(model, loader: DataLoader, batches: int) -> float:
     """Mean loss over the first `batches` of the validation data."""
     loader.reset()
-    return sum(model.forward(*loader.next_batch()) for _ in range(batches)) / batches
+    total = 0.0
+    for _ in range(batches):
+        model.forward(*loader.next_batch())
+        total += model.mean_loss()
+    return total / batches
 
 
 def check_finite(name: str, loss: float, step: int, path: str) -> None:

@@ -52,7 +52,8 @@ def add_options(parser: ArgumentParser) -> None:
     add("--shuffle", type=flag01, default=True, help="1: shuffle shards and samples, as llm.c does")
     add("--seed", type=positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
     add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto, cpu or cuda")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
+    add("--tf32", type=flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
     add = parser.add_argument_group("optimization").add_argument
     add("-l", "--lr", type=positive_float, default=3e-4, help="learning rate")
     add("--lr-schedule", choices=SCHEDULES, default="constant", help=", ".join(SCHEDULES) + "; as in train_gpt2.cu")
@@ -138,10 +139,10 @@ def print_options(args: Namespace) -> None:
     table.rule()
 
 
-def print_model(device: str, config: GPT2Config) -> None:
-    """The rows of the device and of the model's sizes."""
+def print_model(device: str, tf32: bool, config: GPT2Config) -> None:
+    """The rows of the device, of whether its products are in TF32, and of the model's sizes."""
     table.row("device", device)
-    table.row("TF32", "disabled")
+    table.row("TF32", "enabled" if tf32 else "disabled")
     table.rule()
     table.row("max_sequence_length T", config.maxT, "%d")
     table.row("vocab_size V", config.V, "%d")

@@ -48,5 +48,5 @@ def gradient_error(forward, inputs: dict, name: str, dout, grad, rng) -> float:
 
 
 def relative(ours, reference) -> float:
-    """Largest deviation, relative to the reference's largest value."""
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+    """Largest deviation, relative to the reference's largest value; absolute if that is 0."""
+    return float(np.abs(ours - reference).max() / (np.abs(reference).max() or 1.0))

@@ -21,28 +21,9 @@ from llmc.tokenizer import Tokenizer  # noqa: E402
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GPT2Config(maxT=64, V=510, L=2, NH=4, C=64, Vp=512)
 STRIDE = 13  # which parameters, logits and gradients golden.npz keeps
-WORKLOAD = [
-    "-e",
-    "model.bin",
-    "-i",
-    "train_*.bin",
-    "-j",
-    "val_0000.bin",
-    "-t",
-    "32",
-    "-b",
-    "4",
-    "-n",
-    "41",
-    "-l",
-    "3e-4",
-    "-v",
-    "10",
-    "-m",
-    "5",
-    "-s",
-    "0",
-]
+FILES = ["-e", "model.bin", "-i", "train_*.bin", "-j", "val_0000.bin"]
+SIZES = ["-t", "32", "-b", "4", "-n", "41", "-l", "3e-4", "-v", "10", "-m", "5", "-s", "0"]
+WORKLOAD = [*FILES, *SIZES, "--device", "cpu"]
 RUNS = {
     "dense": ["-d", "1"],
     "fc1_w64_maskinit": ["-w", "64"],

@@ -44,7 +44,7 @@ def write(folder, capfdbinary):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def run(flags="", model="model.bin"):
-        return tiny.call(capfdbinary, generate.main, "-e", model, *shlex.split(flags))
+        return tiny.call(capfdbinary, generate.main, "-e", model, "--device", "cpu", *shlex.split(flags))
 
     yield run
     signal.signal(signal.SIGINT, before)
@@ -367,8 +367,9 @@ def test_bad_files_are_named(folder, write):
 
 
 def test_cuda_on_a_machine_without(write, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    check_refused(write("-n 3 --device cuda"), "cuda", "--device cpu")
+    monkeypatch.setattr("kernels.driver.LIBRARY", "no such library")
+    hints = ('pip install "cupy-cuda12x[ctk]"', "--device cpu")
+    check_refused(write("-n 3 --device cuda"), "--device cuda: no NVIDIA driver", *hints)
 
 
 def test_a_reader_that_stops_reading(folder):

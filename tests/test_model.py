@@ -45,9 +45,11 @@ def test_every_gradient_of_the_model(bands):
         for i in np.flatnonzero(kept.get(name, np.ones(grad.shape))):
             value = values[i]
             values[i] = value + step
-            above = model.forward(inputs, targets)
+            model.forward(inputs, targets)
+            above = model.mean_loss()
             values[i] = value - step
-            numeric[i] = (above - model.forward(inputs, targets)) / (2 * step)
+            model.forward(inputs, targets)
+            numeric[i] = (above - model.mean_loss()) / (2 * step)
             values[i] = value
         errors[name] = np.abs(numeric - grad.reshape(-1)).max() / np.abs(grad).max()
     print(bands, ", ".join(f"d{name} {error:.1e}" for name, error in errors.items()))
@@ -60,13 +62,15 @@ def test_accumulated_gradients_equal_one_batch():
     """Two micro-steps of B = 2 are one step of B = 4: same loss, gradients within float64 rounding."""
     inputs, targets = batch(4, 5)
     whole, halves = tiny_model(4, 5, 16, 16), tiny_model(2, 5, 16, 16)
-    loss = whole.forward(inputs, targets)
+    whole.forward(inputs, targets)
+    loss = whole.mean_loss()
     whole.backward()
     for _ in range(2):  # the second round starts from what the first one left in the buffers
         parts = []
         for micro_step in range(2):
             rows = slice(2 * micro_step, 2 * micro_step + 2)
-            parts.append(halves.forward(inputs[rows], targets[rows], grad_accum=2))
+            halves.forward(inputs[rows], targets[rows], grad_accum=2)
+            parts.append(halves.mean_loss())
             halves.backward(first=micro_step == 0)
         assert abs(sum(parts) / 2 - loss) < 1e-14
         assert np.abs(halves.grads_flat - whole.grads_flat).max() < 1e-15
@@ -85,7 +89,8 @@ def test_band_products_train_as_masked_dense_ones():
         masked.masked, masked.fc1, masked.fc2 = False, 0, 0  # as before the first update of --mask-init 0
         losses = []
         for model in (by_blocks, masked):
-            losses.append(model.forward(inputs, targets))
+            model.forward(inputs, targets)
+            losses.append(model.mean_loss())
             model.backward()
             model.update(t, 1e-3, weight_decay=0.1)
         assert abs(losses[0] - losses[1]) < 1e-12

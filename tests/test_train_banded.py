@@ -441,9 +441,10 @@ def test_where_one_may_not_write(train, folder, monkeypatch):
 
 
 def test_cuda_on_a_machine_without(train, folder, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("kernels.driver.LIBRARY", "no such library")
     before = snapshot(folder)
-    check_refused(train("-n 3 -c c.bin --device cuda"), "cuda", "--device cpu")
+    result = train("-n 3 -c c.bin --device cuda")
+    check_refused(result, "--device cuda: no NVIDIA driver", 'pip install "cupy-cuda12x[ctk]"', "--device cpu")
     assert snapshot(folder) == before
 
 

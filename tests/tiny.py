@@ -47,7 +47,10 @@ def make_folder(folder: Path, config: GPT2Config = CONFIG, seed: int = 1) -> Pat
 
 def options(**changed) -> list[str]:
     """A training command line on make_folder's files; `changed` by long name, "_" for "-", None drops an option."""
-    settings = dict(train_data="train_*.bin", val_data="val.bin", batch_size=B, seq_len=T, sample_tokens=12) | changed
+    settings = dict(
+        train_data="train_*.bin", val_data="val.bin", batch_size=B, seq_len=T, sample_tokens=12, device="cpu"
+    )
+    settings |= changed
     flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items() if value is not None]
     return [word for flag in flags for word in flag]
 

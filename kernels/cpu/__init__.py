@@ -1,5 +1,7 @@
 """Every op in NumPy, under its one name, and what a trainer needs of a device. The readable reference, and fast."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from kernels.cpu.adamw import adamw_update, band_adamw_update
@@ -11,7 +13,7 @@ from kernels.cpu.encoder import encoder_backward, encoder_forward
 from kernels.cpu.fused_classifier import fused_classifier
 from kernels.cpu.gelu import gelu_backward, gelu_forward
 from kernels.cpu.global_norm import global_norm
-from kernels.cpu.layernorm import layernorm_backward, layernorm_forward
+from kernels.cpu.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
 from kernels.cpu.matmul import matmul_backward, matmul_forward
 from kernels.cpu.residual import residual_forward
 
@@ -24,10 +26,12 @@ __all__ = [
     "band_mask",
     "band_matmul_backward",
     "band_matmul_forward",
+    "copy_in",
     "describe",
     "encoder_backward",
     "encoder_forward",
     "fused_classifier",
+    "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
     "global_norm",
@@ -36,10 +40,15 @@ __all__ = [
     "matmul_backward",
     "matmul_forward",
     "residual_forward",
+    "synchronize",
+    "tf32",
     "to_device",
     "to_host",
+    "to_host_later",
     "zeros",
 ]
+
+tf32 = False  # products never round their operands
 
 
 def describe() -> str:
@@ -57,6 +66,20 @@ def to_device(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def copy_in(array: np.ndarray, values: np.ndarray) -> None:
+    """Overwrite `array` on the device with `values` of the same shape and dtype."""
+    array[...] = values
+
+
 def to_host(array: np.ndarray) -> np.ndarray:
     """`array` in NumPy; here the array itself."""
     return array
+
+
+def to_host_later(array: np.ndarray) -> Callable[[], np.ndarray]:
+    """What gives `array` in NumPy when called, without keeping the device from what follows; here the array itself."""
+    return lambda: array
+
+
+def synchronize() -> None:
+    """Wait until the device has done all it was told to; here it has."""

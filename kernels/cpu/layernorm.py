@@ -1,4 +1,4 @@
-"""Layer normalisation over channels (Ba et al. 2016; llm.c layernorm_forward/backward).
+"""Layer normalisation over channels (Ba et al. 2016; llm.c layernorm_forward/backward, fused_residual_forward5).
 
 y = (x - mean) * rstd * w + b,   rstd = 1 / sqrt(var + 1e-5),   var over C, biased
 """
@@ -26,6 +26,12 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
         y += bias
 
     for_blocks(rows, N, rows_per_block(N, C), C)
+
+
+def fused_residual_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """residual (N,C) = inp1 + inp2, then out, mean, rstd from it as layernorm_forward; residual may be inp1 or inp2."""
+    np.add(inp1, inp2, out=residual)
+    layernorm_forward(out, mean, rstd, residual, weight, bias)
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):

@@ -1,0 +1,17 @@
+"""Launcher of column_sum.cu, which bias gradients and layernorm's share."""
+
+from kernels.cuda.grid import THREADS, WARP, ceil_div
+
+ROWS = 64  # that a block of the first stage adds up
+
+
+def column_sum(cuda, out, inp):
+    """out (C) += the sums over the rows of inp (N,C), in an order that depends on N alone."""
+    N, C = inp.shape
+    columns, blocks = ceil_div(C, 4 * WARP), ceil_div(N, ROWS)
+    if blocks == 1:
+        cuda.launch("column_sum_kernel", (columns, 1), THREADS, (out, inp, N, C, N, 1))
+        return
+    partial = cuda.scratch("column_sum", (blocks, C))
+    cuda.launch("column_sum_kernel", (columns, blocks), THREADS, (partial, inp, N, C, ROWS, 0))
+    cuda.launch("column_sum_kernel", (columns, 1), THREADS, (out, partial, blocks, C, blocks, 1))

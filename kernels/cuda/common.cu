@@ -1,0 +1,90 @@
+// common.cu: device functions that several .cu files use; it is compiled in front of each of them
+//
+// Everything here adds in a fixed order, so results do not depend on how threads are scheduled.
+
+#define WARP 32
+#define ALL_LANES 0xffffffffu
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+// W neighbouring floats, moved by one instruction if W is 4
+template <int W> struct __align__(4 * W) Pack {
+    float at[W];
+};
+
+// index counts packs; `array` must be aligned to a pack
+template <int W> __device__ __forceinline__ Pack<W> load(const float* array, size_t index) {
+    return reinterpret_cast<const Pack<W>*>(array)[index];
+}
+
+template <int W> __device__ __forceinline__ void store(float* array, size_t index, Pack<W> values) {
+    reinterpret_cast<Pack<W>*>(array)[index] = values;
+}
+
+template <int W> __device__ __forceinline__ float sum(Pack<W> values) {
+    float total = values.at[0];
+#pragma unroll
+    for (int j = 1; j < W; j++) { total += values.at[j]; }
+    return total;
+}
+
+template <int W> __device__ __forceinline__ Pack<W> zeros() {
+    Pack<W> values;
+#pragma unroll
+    for (int j = 0; j < W; j++) { values.at[j] = 0.0f; }
+    return values;
+}
+
+template <int W> __device__ __forceinline__ void add(Pack<W>& total, Pack<W> values) {
+#pragma unroll
+    for (int j = 0; j < W; j++) { total.at[j] += values.at[j]; }
+}
+
+// whether float4s can be read from all of these: rows that are views of a larger buffer may start anywhere
+__device__ __forceinline__ bool aligned(const void* a, const void* b = nullptr, const void* c = nullptr,
+                                        const void* d = nullptr) {
+    return (((size_t)a | (size_t)b | (size_t)c | (size_t)d) & 15) == 0;
+}
+
+// both return the same value in every lane
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) { value += __shfl_xor_sync(ALL_LANES, value, step); }
+    return value;
+}
+
+__device__ __forceinline__ float warp_max(float value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) { value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step)); }
+    return value;
+}
+
+// the sum over a block of whole warps, the same in every thread; `shared` has a float for each warp. every thread must
+// pass another barrier before `shared` is used again
+__device__ __forceinline__ float block_sum(float value, float* shared) {
+    value = warp_sum(value);
+    if (threadIdx.x % WARP == 0) { shared[threadIdx.x / WARP] = value; }
+    __syncthreads();
+    float total = 0.0f;
+    for (int warp = 0; warp < (int)blockDim.x / WARP; warp++) { total += shared[warp]; }
+    return total;
+}
+
+// columns start .. stop - 1 of a row of a (rows,columns) weight lie inside the band: kernels/cpu/band_mask.py
+struct Band {
+    int start, stop;
+};
+
+__device__ __forceinline__ Band band_of_row(int row, int rows, int columns, int bandwidth) {
+    const int half = bandwidth / 2;
+    Band band;
+    if (rows > columns) {  // FC1: a row is a hidden unit
+        band.start = row > half ? (row - half + 3) / 4 : 0;
+        band.stop = (row + half) / 4 + 1;
+    } else {  // FC2: a row is an output channel
+        band.start = max(4 * row - half, 0);
+        band.stop = 4 * row + half + 1;
+    }
+    band.start = min(band.start, columns);
+    band.stop = max(band.start, min(band.stop, columns));
+    return band;
+}

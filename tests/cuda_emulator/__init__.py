@@ -1,0 +1,1 @@
+"""Runs the .cu files of kernels/cuda on a processor, for tests: see README.md."""

@@ -1,0 +1,177 @@
+"""As much of CuPy as kernels/cuda/runtime.py uses, in NumPy, on a GPU that does nothing until somebody waits for it.
+
+Addresses are the host's, so sgemm reads through pointers as cuBLAS does. Sources are not compiled: a kernel is a Python
+function in FakeCupy.kernels.
+"""
+
+import ctypes
+import hashlib
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+
+class CompileException(Exception):
+    """As cupy.cuda.compiler's: its str is the compiler's log."""
+
+
+class Memory:
+    """Bytes of the device or of the host; data.ptr of an array."""
+
+    def __init__(self, nbytes: int):
+        self.bytes = np.full(nbytes, 0xFF, np.uint8)  # NaN
+        self.ptr = self.bytes.ctypes.data
+
+
+class Event:
+    def __init__(self, fake):
+        self.fake, self.position = fake, 0
+
+    def record(self):
+        self.position = self.fake.enqueued
+
+    def synchronize(self):
+        self.fake.waits.append("event")
+        self.fake.run(self.position)
+
+
+class FakeCupy:
+    """Stands for the module cupy. allocations: what was asked for; launches, waits: what was done, in order."""
+
+    def __init__(self, name=b"Fake GPU", major=9, kernels=None):
+        self.allocations, self.launches, self.waits, self.queue = [], [], [], []
+        self.enqueued = self.done = 0  # operations so far
+        self.kernels = {"probe_kernel": self.probe} | (kernels or {})
+        self.launch_error = self.compile_error = None
+        self.math_mode = None
+        self.pinned = []
+        fake = self
+
+        class ndarray:
+            def __init__(self, shape, dtype=float, memptr=None):
+                self.shape, self.dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
+                self.ndim, self.nbytes = len(self.shape), math.prod(self.shape) * self.dtype.itemsize
+                if memptr is None:
+                    fake.allocations.append(("device", self.nbytes))
+                self.data = memptr or Memory(self.nbytes)
+                self.values = self.data.bytes[: self.nbytes].view(self.dtype).reshape(self.shape)
+                self.device = SimpleNamespace(id=0)
+                self.flags = SimpleNamespace(c_contiguous=True)
+
+            def set(self, arr):
+                assert (arr.shape, arr.dtype) == (self.shape, self.dtype)
+                if not fake.is_pinned(arr):  # the driver waits for the stream, then copies
+                    fake.waits.append("pageable copy")
+                    fake.run()
+                    self.values[...] = arr
+                else:
+                    fake.enqueue(lambda: np.copyto(self.values, arr))
+
+            def get(self, out, blocking=True):
+                assert (out.shape, out.dtype) == (self.shape, self.dtype)
+                fake.enqueue(lambda: np.copyto(out, self.values))
+                if blocking:
+                    fake.waits.append("all")
+                    fake.run()
+                return out
+
+        self.ndarray = ndarray
+        self.cuda = SimpleNamespace(
+            alloc_pinned_memory=self.alloc_pinned_memory,
+            Event=lambda disable_timing: Event(self),
+            get_cublas_handle=lambda: 77,
+            cublas=SimpleNamespace(
+                sgemm=self.sgemm,
+                setMathMode=lambda handle, mode: setattr(self, "math_mode", (handle, mode)),
+                CUBLAS_OP_N=0,
+                CUBLAS_OP_T=1,
+                CUBLAS_DEFAULT_MATH=0,
+                CUBLAS_TF32_TENSOR_OP_MATH=3,
+            ),
+            runtime=SimpleNamespace(
+                getDevice=lambda: 0,
+                getDeviceProperties=lambda device: {"name": name, "major": major, "minor": 0},
+                memGetInfo=lambda: (30 << 30, 80 << 30),
+                deviceSynchronize=self.run,
+            ),
+            compiler=SimpleNamespace(CompileException=CompileException),
+        )
+
+    def enqueue(self, operation):
+        self.queue.append(operation)
+        self.enqueued += 1
+
+    def run(self, position: int | None = None):
+        """Run what was enqueued, as far as `position`."""
+        while self.queue and (position is None or self.done < position):
+            self.queue.pop(0)()
+            self.done += 1
+
+    def empty(self, shape, dtype):
+        return self.ndarray(shape, dtype)
+
+    def zeros(self, shape, dtype):
+        array = self.ndarray(shape, dtype)
+        self.enqueue(lambda: array.values.fill(0))
+        return array
+
+    def alloc_pinned_memory(self, size):
+        self.allocations.append(("pinned", size))
+        memory = Memory(size + 100)  # CuPy rounds up
+        self.pinned.append(memory)
+        return memory.bytes
+
+    def is_pinned(self, array) -> bool:
+        return any(0 <= array.ctypes.data - memory.ptr < memory.bytes.size for memory in self.pinned)
+
+    def RawModule(self, code, options):
+        assert isinstance(options, tuple)
+        return SimpleNamespace(get_function=lambda name: self.get_function(code, name))
+
+    def get_function(self, code, name):
+        """As CuPy does it: the whole source is compiled, unless the disk has the result."""
+        if self.compile_error:
+            raise self.compile_error
+        entry = Path(os.environ["CUPY_CACHE_DIR"], hashlib.sha1(code.encode()).hexdigest() + ".cubin")
+        if not entry.exists():
+            entry.write_bytes(b"cubin")
+        assert f"{name}(" in code
+
+        def kernel(grid, block, args, shared_mem=0):
+            assert [type(size) for size in (*grid, *block)] == [int] * 6
+            assert all(isinstance(a, self.ndarray) or type(a) in (np.int32, np.float32, np.uint64) for a in args)
+            if self.launch_error:
+                raise self.launch_error
+            self.launches.append((name, grid, block, shared_mem))
+            self.enqueue(lambda: self.kernels[name](*(getattr(a, "values", a) for a in args)))
+
+        return kernel
+
+    @staticmethod
+    def probe(out, step, N):
+        out[:N] = np.arange(N) * step - 1
+
+    def sgemm(self, handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc):
+        """C (m,n) = alpha * op(A) (m,k) op(B) (k,n) + beta * C: all read by columns, alpha and beta on the host."""
+        assert handle == 77 and all(type(size) is int for size in (transa, transb, m, n, k, lda, ldb, ldc))
+        a, b = (columns(A, lda, *((k, m) if transa else (m, k))), columns(B, ldb, *((n, k) if transb else (k, n))))
+        c = columns(C, ldc, m, n)
+        alpha, beta = (ctypes.c_float.from_address(pointer).value for pointer in (alpha, beta))
+
+        def product():
+            new = alpha * (a.T if transa else a) @ (b.T if transb else b)
+            c[...] = new + beta * c if beta else new
+
+        self.launches.append(("sgemm", (m, n, k)))
+        self.enqueue(product)
+
+
+def columns(pointer: int, ld: int, rows: int, cols: int) -> np.ndarray:
+    """The matrix (rows,cols) at an address, a column every `ld` floats."""
+    if ld < max(1, rows):
+        raise RuntimeError("CUBLAS_STATUS_INVALID_VALUE")
+    flat = np.ctypeslib.as_array((ctypes.c_float * (ld * (cols - 1) + rows)).from_address(pointer))
+    return np.lib.stride_tricks.as_strided(flat, (rows, cols), (4, 4 * ld))
