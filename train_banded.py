@@ -415,6 +415,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"stopped after {step} steps; {how}")
         return interrupt.exit_code
     print(f"total average iteration time: {seconds / (steps - start) * 1000:f} ms")
+    print(f"device: {device.describe()}")
     if args.checkpoint:
         print(f"text from it: {options.command('generate.py', '-e', args.checkpoint)}")
     return interrupt.exit_code  # 0, but after a signal during the last step

@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from cuda_emulator import build
 from cuda_emulator.runtime import EmulatedRuntime
 
 from kernels.cuda.runtime import NoDevice, Runtime
@@ -14,17 +15,24 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
+def emulate(mode: str) -> EmulatedRuntime:
+    """The emulator in a mode; skips the test where nothing can be compiled."""
+    if missing := build.missing_tool():
+        pytest.skip(missing)
+    return EmulatedRuntime(mode)
+
+
 @pytest.fixture(scope="session")
 def emulator():
     """The emulator that only computes, fast."""
-    return EmulatedRuntime("fast")
+    return emulate("fast")
 
 
 @pytest.fixture(scope="session", params=["fast", "check", pytest.param("gpu", marks=pytest.mark.gpu)])
 def runtime(request):
     """What CUDA kernels run on: the emulator, which finds races and stray accesses in mode check, and a GPU."""
     if request.param != "gpu":
-        return EmulatedRuntime(request.param)
+        return emulate(request.param)
     try:
         return Runtime()
     except NoDevice as error:

@@ -9,6 +9,7 @@ from check_op import relative
 from kernels import cpu, cuda
 from kernels.cpu.band_mask import band_columns
 from kernels.cuda.matmul import LADDER, matmul_forward_by_hand
+from llmc.errors import UserError
 
 TOL = 1e-5  # of float32 against float64, relative to the tensor's largest value
 
@@ -104,10 +105,17 @@ def test_layernorm(runtime, N, C, offset):
     check(runtime, "layernorm_backward", *args, offset=offset)
 
 
-def test_layernorm_backward_refuses_more_channels_than_it_can_hold(emulator):
-    x = emulator.zeros((1, 4100))
-    with pytest.raises(ValueError, match="C = 4100, at most 4096"):
-        cuda.device(emulator).layernorm_backward(x, x[0], x[0], x, x, x[0], x, x)
+def test_sizes_that_a_kernel_cannot_hold_are_refused(emulator):
+    device, x = cuda.device(emulator), emulator.zeros((1, 4100))
+    with pytest.raises(UserError, match="4100 channels, on a GPU at most 4096"):
+        device.layernorm_backward(x, x[0], x[0], x, x, x[0], x, x)
+    qkv, out, lse = (emulator.zeros(shape) for shape in ((1, 2, 3 * 130), (2, 130), (1, 1, 2)))
+    for refused in (
+        lambda: device.attention_forward(out, lse, qkv, 1),
+        lambda: device.attention_backward(qkv, out, qkv, out, lse, 1),
+    ):
+        with pytest.raises(UserError, match="head size 130, on a GPU at most 128"):
+            refused()
 
 
 @pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
@@ -171,7 +179,7 @@ def test_attention(runtime, B, T, NH, hs):
     check(runtime, "attention_forward", out, lse, qkv, NH)
     cpu.attention_forward(out, lse, qkv, NH)
     check(runtime, "attention_backward", nan(B, T, 3 * C), rounded(B * T, C), qkv, out, lse, NH)
-    for start in {T - 1, T // 2}:
+    for start in {T - 1, T // 2, max(T - 8, 0), max(T - 9, 0)}:  # up to 8 queries have a kernel of their own
         n = T - start
         check(runtime, "attention_forward", nan(B * n, C), nan(B, NH, n), qkv, NH, start)
 
@@ -241,22 +249,45 @@ def test_global_norm(runtime, n, offset):
 # properties
 
 
-def test_attention_is_causal_bit_for_bit(runtime):
-    """Outputs before a position, and gradients there, keep their bits whatever stands in keys and values after it."""
-    B, T, NH, C, t = 1, 75, 2, 32, 40
+@pytest.mark.parametrize("t", [3, 31, 64])
+def test_attention_is_causal_bit_for_bit(runtime, t):
+    """What belongs to positions before t keeps its bits whatever comes from t on, and dk, dv from t on whatever queries
+    there are before."""
+    B, T, NH, C = 1, 75, 2, 32
     device = cuda.device(runtime)
-    results = []
-    for garbage in (None, 1e30, np.nan):
+
+    def run(garbage=None, rows=None, columns=None):
+        """Forward, its last rows by decoding, backward; with garbage in some rows and columns of qkv, and in dout."""
         qkv, dout = rounded(B, T, 3 * C), rounded(B * T, C)
         if garbage is not None:
-            qkv[:, t:, C:] = garbage
-            dout[t:] = 0
+            qkv[:, rows, columns] = dout[rows] = garbage
         qkv, dout = place(runtime, qkv, 0), place(runtime, dout, 0)
         out, lse, dqkv = (place(runtime, nan(*shape), 0) for shape in ((B * T, C), (B, NH, T), (B, T, 3 * C)))
         device.attention_forward(out, lse, qkv, NH)
         device.attention_backward(dqkv, dout, qkv, out, lse, NH)
-        dq = runtime.to_host(dqkv)[0, :t, :C]
-        results.append([runtime.to_host(out)[:t], runtime.to_host(lse)[..., :t], dq])
-    for changed in results[1:]:
-        for ours, reference in zip(changed, results[0]):
-            assert np.isfinite(reference).all() and ours.tobytes() == reference.tobytes()
+        return runtime.to_host(out), runtime.to_host(lse), runtime.to_host(dqkv)[0]
+
+    out, lse, dqkv = run()
+    assert all(np.isfinite(array).all() for array in (out, lse, dqkv))
+    for garbage in (1e30, np.inf, np.nan):
+        later = run(garbage, slice(t, T), slice(0, 3 * C))
+        assert later[0][:t].tobytes() == out[:t].tobytes() and later[1][..., :t].tobytes() == lse[..., :t].tobytes()
+        assert later[2][:t, :C].tobytes() == dqkv[:t, :C].tobytes()
+        earlier = run(garbage, slice(0, t), slice(0, C))
+        assert earlier[2][t:, C:].tobytes() == dqkv[t:, C:].tobytes()
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 40])
+def test_the_last_queries_alone_give_what_they_give_among_all(runtime, n):
+    """With the cache of keys: to the bit if the kernel is the same, else within 1e-6; and causal."""
+    T, NH, C = 75, 2, 32
+    device, qkv = cuda.device(runtime), rounded(1, T, 3 * C)
+    whole, lse = (place(runtime, nan(*shape), 0) for shape in ((T, C), (1, NH, T)))
+    device.attention_forward(whole, lse, place(runtime, qkv, 0), NH)
+    part, lse = (place(runtime, nan(*shape), 0) for shape in ((n, C), (1, NH, n)))
+    device.attention_forward(part, lse, place(runtime, qkv, 0), NH, T - n)
+    whole, part = runtime.to_host(whole)[T - n :], runtime.to_host(part)
+    assert relative(part, whole) <= (0 if n > 8 else 1e-6)
+    qkv[0, T - 1, C:] = np.nan  # the last key and value are for the last query alone
+    device.attention_forward(again := place(runtime, nan(n, C), 0), lse, place(runtime, qkv, 0), NH, T - n)
+    assert runtime.to_host(again)[: n - 1].tobytes() == part[: n - 1].tobytes()

@@ -16,7 +16,7 @@ from llmc.init import gpt2_init
 
 
 @pytest.fixture
-def on_emulator(monkeypatch):
+def on_emulator(monkeypatch, emulator):
     """A function that makes an emulated GPU the device of scripts; keyword arguments are EmulatedRuntime's."""
 
     def use(**options) -> EmulatedRuntime:

@@ -213,7 +213,8 @@ def test_the_lines_of_a_run_and_their_order(train):
     expected = [" 0 MiB for model parameters", "allocated 0 MiB for activations", val]
     expected += [f"allocated 0 MiB for {what}" for what in first_use]
     expected += [step[1], step[2], val, step[3], *save, *text, step[4], val, *save, *text]
-    expected += [rf"total average iteration time: {NUMBER} ms", "text from it: python .*generate.py -e c.bin"]
+    expected += [rf"total average iteration time: {NUMBER} ms", "device: CPU, .*"]
+    expected += ["text from it: python .*generate.py -e c.bin"]
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected):
         assert re.fullmatch(pattern, line), (line, pattern)

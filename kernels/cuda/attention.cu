@@ -142,12 +142,12 @@ __device__ __forceinline__ void hand_over(Row<ROWS>* weights, int slot, int lane
     }
 }
 
-// sums[i][c] += sum_n weights[n][slot + i] * values[n][4 column + 64c ..]. SKIP leaves out weights of 0: what stands beside
-// them does not count
+// sums[i][c] += sum_n weights[n][slot + i] * values[n][4 column + 64c ..]. SKIP leaves out weights of 0, whatever their
+// values
 template <bool SKIP, int COUNT, int ROWS, int HS, int R>
 __device__ __forceinline__ void add_weighted(Pack<4> (&sums)[R][HS / 64], const Row<ROWS>* weights, int slot,
                                              const Row<HS>* values, int column) {
-#pragma unroll (SKIP ? 1 : 4)
+#pragma unroll (SKIP ? 1 : 2)
     for (int n = 0; n < COUNT; n++) {
         Pack<4> weight[R / 4];
 #pragma unroll
@@ -270,11 +270,13 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
         __syncthreads();  // every warp is done with the keys
         fetched.put(tile);
         __syncthreads();
-        fetched.fetch(keys + (size_t)next * stride, stride, end - next, hs, packed);
 #pragma unroll
         for (int part = 0; part < N; part += PART) {
             hand_over<PART, ROW_LANES, QUERIES>(weights, slot, lane, p, part);
             __syncwarp();
+            if (part + PART == N) {  // the registers of the weights are free for the next keys
+                fetched.fetch(keys + (size_t)next * stride, stride, end - next, hs, packed);
+            }
             add_weighted<PART * ROW_LANES, QUERIES, HS>(sums, weights, slot, tile + part * ROW_LANES, lane, diagonal);
             __syncwarp();
         }

@@ -1,6 +1,7 @@
 """Launchers of attention.cu."""
 
 from kernels.cuda.grid import ceil_div, warp_a_row
+from llmc.errors import UserError
 
 THREADS = 128  # of a tile kernel
 ROWS = {64: 64, 128: 32}  # queries or keys of a tile, by padded head size
@@ -9,7 +10,7 @@ DECODE = 8  # queries at most that get a block each: a tile costs as much as 64
 
 
 def attention_forward(cuda, out, lse, qkv, NH, start=0):
-    """As kernels.cpu.attention.attention_forward. Raises ValueError for hs > 128."""
+    """As kernels.cpu.attention.attention_forward. Raises UserError for hs > 128."""
     B, T, C3 = qkv.shape
     hs = C3 // 3 // NH
     size, queries = _padded("attention_forward", hs), T - start
@@ -22,7 +23,7 @@ def attention_forward(cuda, out, lse, qkv, NH, start=0):
 
 
 def attention_backward(cuda, dqkv, dout, qkv, out, lse, NH):
-    """As kernels.cpu.attention.attention_backward. Raises ValueError for hs > 128."""
+    """As kernels.cpu.attention.attention_backward. Raises UserError for hs > 128."""
     B, T, C3 = qkv.shape
     hs = C3 // 3 // NH
     size, rows = _padded("attention_backward", hs), B * T * NH
@@ -37,5 +38,7 @@ def _padded(op, hs):
     """The smallest head size that attention.cu has kernels for and that holds hs."""
     sizes = [size for size in ROWS if hs <= size]
     if not sizes:
-        raise ValueError(f"{op}: head size {hs}, at most {max(ROWS)}")
+        raise UserError(
+            f"{op}: head size {hs}, on a GPU at most {max(ROWS)}", "--device cpu, or a model with more heads"
+        )
     return sizes[0]

@@ -2,6 +2,7 @@
 
 from kernels.cuda.column_sum import column_sum
 from kernels.cuda.grid import ceil_div, threads_for, warp_a_row
+from llmc.errors import UserError
 
 BLOCKS = 512  # of layernorm_backward at most: two to five for each multiprocessor, however many rows
 WIDEST = 4096  # C: what a block's registers hold
@@ -21,10 +22,10 @@ def fused_residual_forward(cuda, residual, out, mean, rstd, inp1, inp2, weight, 
 
 
 def layernorm_backward(cuda, dinp, dweight, dbias, dout, inp, weight, mean, rstd):
-    """As kernels.cpu.layernorm.layernorm_backward. Raises ValueError for C > 4096."""
+    """As kernels.cpu.layernorm.layernorm_backward. Raises UserError for C > 4096."""
     N, C = inp.shape
     if C > WIDEST:
-        raise ValueError(f"layernorm_backward: C = {C}, at most {WIDEST}")
+        raise UserError(f"layernorm_backward: {C} channels, on a GPU at most {WIDEST}", "--device cpu")
     rows = ceil_div(N, BLOCKS)
     blocks, threads = ceil_div(N, rows), threads_for(C)
     partial = cuda.scratch("layernorm_backward", (2, blocks, C))
