@@ -129,6 +129,11 @@ def test_matmul(runtime, N, C, OC):
     check(runtime, "matmul_backward", nan(N, C), nan(OC, C), None, dout, inp, weight)
 
 
+@pytest.mark.parametrize("N, C, offset", [(1, 1, 0), (64, 33, 0), (65, 128, 0), (700, 132, 0), (300, 132, 1)])
+def test_column_sum(runtime, N, C, offset):
+    check(runtime, "column_sum", rounded(C), rounded(N, C), offset=offset)
+
+
 @pytest.mark.parametrize("version", LADDER)
 @pytest.mark.parametrize("N, C, OC", [(1, 1, 1), (33, 20, 50), (130, 37, 131), (128, 64, 256)])
 def test_matmul_by_hand(runtime, version, N, C, OC):

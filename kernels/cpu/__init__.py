@@ -9,6 +9,7 @@ from kernels.cpu.attention import attention_backward, attention_forward
 from kernels.cpu.band_mask import band_count, band_mask
 from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cpu.blocks import num_threads
+from kernels.cpu.column_sum import column_sum
 from kernels.cpu.encoder import encoder_backward, encoder_forward
 from kernels.cpu.fused_classifier import fused_classifier
 from kernels.cpu.gelu import gelu_backward, gelu_forward
@@ -26,6 +27,7 @@ __all__ = [
     "band_mask",
     "band_matmul_backward",
     "band_matmul_forward",
+    "column_sum",
     "copy_in",
     "describe",
     "encoder_backward",

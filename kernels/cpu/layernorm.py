@@ -6,6 +6,7 @@ y = (x - mean) * rstd * w + b,   rstd = 1 / sqrt(var + 1e-5),   var over C, bias
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
+from kernels.cpu.column_sum import column_sum
 
 EPS = 1e-5
 
@@ -62,5 +63,5 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
         dinp[start:stop] += g
 
     for_blocks(rows, N, block, C)
-    dweight += np.add.reduce(partial[0], axis=0)
-    dbias += np.add.reduce(partial[1], axis=0)
+    column_sum(dweight, partial[0])
+    column_sum(dbias, partial[1])

@@ -6,6 +6,7 @@ y = x W^T + b;   dx = dy W,   dW = dy^T x,   db = sum_n dy
 import numpy as np
 
 from kernels.cpu.blocks import scratch
+from kernels.cpu.column_sum import column_sum
 
 ROWS = 256  # of dweight at a time when gradients are added up
 
@@ -32,4 +33,4 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, beta=0):
     else:
         np.matmul(dout.T, inp, out=dweight)
     if dbias is not None:
-        dbias += np.add.reduce(dout, axis=0)
+        column_sum(dbias, dout)

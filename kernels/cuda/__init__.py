@@ -11,6 +11,7 @@ from kernels.cuda.adamw import adamw_update, band_adamw_update
 from kernels.cuda.attention import attention_backward, attention_forward
 from kernels.cuda.band_mask import band_mask
 from kernels.cuda.band_matmul import band_matmul_backward, band_matmul_forward
+from kernels.cuda.column_sum import column_sum
 from kernels.cuda.encoder import encoder_backward, encoder_forward
 from kernels.cuda.fused_classifier import fused_classifier
 from kernels.cuda.gelu import gelu_backward, gelu_forward
@@ -27,6 +28,7 @@ OPS = (
     band_mask,
     band_matmul_backward,
     band_matmul_forward,
+    column_sum,
     encoder_backward,
     encoder_forward,
     fused_classifier,

@@ -1,6 +1,6 @@
 // band_matmul.cu: fully connected layer whose weight is zero outside a band (kernels/cpu/band_matmul.py)
 //
-// The band of a row follows from its index (common.cu), no mask is stored. A tile of outputs meets the stretch of the
+// The band of a row follows from its index (common.cuh), no mask is stored. A tile of outputs meets the stretch of the
 // inner dimension that the bands of its rows cover together, from the first row's start to the last row's stop:
 //   v1 one thread an output      the reference's: reads the band alone, but every value from memory
 //   v2 dense product, then mask  reads and multiplies everything

@@ -1,4 +1,4 @@
-"""Launcher of column_sum.cu, which bias gradients and layernorm's share."""
+"""Launcher of column_sum.cu."""
 
 from kernels.cuda.grid import THREADS, WARP, ceil_div
 
@@ -6,7 +6,7 @@ ROWS = 64  # that a block of the first stage adds up
 
 
 def column_sum(cuda, out, inp):
-    """out (C) += the sums over the rows of inp (N,C), in an order that depends on N alone."""
+    """As kernels.cpu.column_sum.column_sum, in an order that depends on N alone."""
     N, C = inp.shape
     columns, blocks = ceil_div(C, 4 * WARP), ceil_div(N, ROWS)
     if blocks == 1:

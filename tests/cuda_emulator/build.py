@@ -174,7 +174,7 @@ def processor() -> str:
 
 
 def source_line(library: Path, offset: int) -> str:
-    """ "common.cu:16, called at layernorm.cu:38" for an offset in a library; "" if unknown."""
+    """ "common.cuh:16, called at layernorm.cu:38" for an offset in a library; "" if unknown."""
     command = ["addr2line", "-i", "-e", library, hex(offset)]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
     places = [Path(line.split(" ")[0]).name for line in lines if ".cu:" in line]

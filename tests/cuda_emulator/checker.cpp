@@ -15,12 +15,6 @@
 
 #include "scheduler.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-#undef warpSize
-
 namespace emulator {
 
 uint3 thread_index() { return position.thread; }

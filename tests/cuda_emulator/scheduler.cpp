@@ -16,12 +16,6 @@
 #include <numeric>
 #include <thread>
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-#undef warpSize
-
 namespace emulator {
 
 __thread Position position INITIAL_EXEC;

@@ -8,6 +8,13 @@
 #include "cuda_emulator.h"
 #include "fiber.h"
 
+// names for kernels, not for what runs them
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+#undef warpSize
+
 namespace emulator {
 
 #ifdef EMULATOR_CHECK

@@ -1,4 +1,4 @@
-// common.cu: device functions that several .cu files use; it is compiled in front of each of them
+// common.cuh: device functions that several .cu files use; it is compiled in front of each of them
 //
 // Everything here adds in a fixed order, so results do not depend on how threads are scheduled.
 
