@@ -37,13 +37,17 @@ EPILOG = """examples:
   python train_banded.py -e model.bin -w 256 -n 2000              experiment 00007, banded
   python train_banded.py -e model.bin -d 1 -n 2000                experiment 00007, dense
   python train_banded.py -1 128 -2 512 -n 5000 -c checkpoint.bin  experiment 00009, asymmetric
+  python train_banded.py -w 256 --kernel mask -n 2000             as the reference did: dense products, then masks
   python train_banded.py --resume checkpoint.bin                  go on where a run stopped, with its settings
 
 A bandwidth counts positions in the 4C-wide space: 256 at C = 128 keeps 43.9% of the weights, 8C - 2 and more all.
 Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
 
 
-BY_W, BY_12 = {"bandwidth", "dense"}, {"fc1_bandwidth", "fc2_bandwidth"}
+BY_W, BY_12, INIT = {"bandwidth", "dense"}, {"fc1_bandwidth", "fc2_bandwidth"}, {"mask_init", "band_init"}
+
+
+FAN_IN = 1  # of --band-init, in the header behind the two bandwidths
 
 
 def arguments() -> ArgumentParser:
@@ -55,6 +59,8 @@ def arguments() -> ArgumentParser:
     add("-1", "--fc1-bandwidth", type=natural, help="FC1 bandwidth, 0: dense (default: 0 with -2)")
     add("-2", "--fc2-bandwidth", type=natural, help="FC2 bandwidth, 0: dense (default: 0 with -1)")
     add("--mask-init", type=flag01, default=True, help="1: mask the initial weights, 0: from the first update on")
+    add("--band-init", choices=("none", "fan-in"), default="none", help="fan-in: scale masked initial weights up to it")
+    add("--kernel", choices=("band", "mask"), default="band", help="band: multiply only the band, mask: all, then mask")
     options.add_options(parser)
     return parser
 
@@ -70,9 +76,10 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
     if min(saved) < 0:
         raise UserError(f"{args.model}: bandwidths {saved[0]} and {saved[1]}, expected none below 0", "save it again")
     if args.resume:
-        if typed & (BY_W | BY_12 | {"mask_init"}):
+        if typed & (BY_W | BY_12 | INIT):
             hint = f"for another band start a new run from its weights: -e {args.resume}"
-            raise UserError("--resume keeps the bands of the checkpoint: no -w, -d, -1, -2 or --mask-init", hint, 2)
+            flags = "no -w, -d, -1, -2, --mask-init or --band-init"
+            raise UserError(f"--resume keeps the bands of the checkpoint: {flags}", hint, 2)
         return saved
     if typed & BY_12:
         return args.fc1_bandwidth or 0, args.fc2_bandwidth or 0
@@ -81,6 +88,27 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
     if args.bandwidth is not None:
         return max(args.bandwidth, 1), 0  # -w 0 keeps the centres alone, and so does 1: here 0 is not dense
     return saved if model.kind == BANDED else (256, 0)
+
+
+def rescale_to_fan_in(device, args: Namespace, file: Model, bands: tuple[int, int]):
+    """Scale each row of the banded weights by sqrt(all its inputs / those that the band keeps), in place.
+
+    Outputs then have the variance of the dense layer's at the start, whose weights had that many inputs to add up.
+    """
+    if not args.mask_init:
+        raise UserError("--band-init fan-in with --mask-init 0: the weights outside still count", "leave one out", 2)
+    if scaled_before(file):
+        raise UserError(f"--band-init fan-in: the weights of {args.model} are scaled to theirs already", "leave it out")
+    for name, bandwidth in zip(("fcw", "fcprojw"), bands):
+        if bandwidth:
+            weight = named_views(file.params, tensor_shapes(file.config))[name]  # (L,OC,C)
+            kept = np.array(device.band_fan_in(*weight.shape[1:], bandwidth))
+            weight *= np.sqrt(weight.shape[2] / np.maximum(kept, 1)).astype(np.float32)[:, None]
+
+
+def scaled_before(file: Model) -> bool:
+    """Whether a run with --band-init fan-in wrote the file."""
+    return file.kind == BANDED and file.fields[2:3] == (FAN_IN,)
 
 
 def has_two_bands(args: Namespace, bands: tuple[int, int]) -> bool:
@@ -121,6 +149,10 @@ def print_masks(device, args: Namespace, config: GPT2Config, bands: tuple[int, i
         mode = "initial weights masked" if args.mask_init else "gradients + post-update only"
         label = "Mask mode" if two else "FC1 mask applied" if args.mask_init else "FC1 mask mode"
         table.row(label, mode)
+        if args.band_init == "fan-in":
+            table.row("Band init", "rows scaled by sqrt(inputs / kept inputs)")
+        if args.kernel == "mask":
+            table.row("Band kernel", "dense products, then masks")
     table.rule()
 
 
@@ -136,6 +168,7 @@ class GPT2:
     ):
         self.ops, self.config, self.B, self.T = device, config, B, T
         self.fc1_bandwidth, self.fc2_bandwidth = fc1_bandwidth, fc2_bandwidth  # 0 = dense
+        self.kernel, self.scaled = "band", False  # --kernel; whether the weights were scaled to the band's fan-in
         self.masked, self.fc1, self.fc2 = False, 0, 0  # the bands of the products: none until the weights are masked
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = self._buffer(params)
@@ -152,9 +185,13 @@ class GPT2:
         return SimpleNamespace(**{name: self.ops.zeros(shape) for name, shape in shapes.items()})
 
     def mask_weights(self):
-        """Zero the weights outside the bands. From then on products skip them, and gradients, m and v stay 0 there."""
+        """Zero the weights outside the bands. From then on products skip them, and gradients, m and v stay 0 there.
+
+        With kernel "mask" nothing is skipped: products stay dense, every gradient and every update is masked.
+        """
         self._mask(self.params)
-        self.masked, self.fc1, self.fc2 = True, self.fc1_bandwidth, self.fc2_bandwidth
+        if self.kernel == "band":
+            self.masked, self.fc1, self.fc2 = True, self.fc1_bandwidth, self.fc2_bandwidth
 
     def _mask(self, tensors):
         if self.fc1_bandwidth:
@@ -312,8 +349,8 @@ class GPT2:
 def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
     """Write the checkpoint, bands in its header, and the optimizer state for a run that goes on at `step`."""
     host, bands = model.ops.to_host, (model.fc1_bandwidth, model.fc2_bandwidth)
-    kind = BANDED if any(bands) else DENSE
-    file = Model(model.config, host(model.params_flat), step, kind=kind, fields=bands)
+    kind, fields = (BANDED, (*bands, FAN_IN * model.scaled)) if any(bands) else (DENSE, ())
+    file = Model(model.config, host(model.params_flat), step, kind=kind, fields=fields)
     loop.save(args, file, host(model.m_flat), host(model.v_flat), loader, sampler)
 
 
@@ -352,8 +389,11 @@ def main(argv: list[str] | None = None) -> int:
     print_masks(device, args, config, bands)
     options.print_workload(steps, val_batches)
 
+    if args.band_init == "fan-in" and not state:
+        rescale_to_fan_in(device, args, file, bands)
     print(f"allocated {file.params.nbytes >> 20} MiB for model parameters")
     model = GPT2(device, config, file.params, B, T, *bands)
+    model.kernel, model.scaled = args.kernel, args.band_init == "fan-in" or scaled_before(file)
     if state:
         model.allocate_moments(state.m, state.v)
         train_loader.restore(state.shard, state.sample, state.shuffle)

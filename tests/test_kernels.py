@@ -6,7 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu.band_mask import band_columns
-from kernels.cpu.band_matmul import blocks_of_band
+from kernels.cpu.band_matmul import best_blocks
 from kernels.cpu.blocks import PARALLEL_BYTES
 
 
@@ -281,7 +281,8 @@ def test_band_mask_leaves_plus_zero_and_the_band_untouched():
 @pytest.mark.parametrize("layer", ["FC1", "FC2"])
 def test_band_matmul(C, bandwidth, layer):
     """By blocks or dense, the products of a banded weight and their gradients, which are zero outside the band."""
-    N, (OC, IC) = 7, (4 * C, C) if layer == "FC1" else (C, 4 * C)
+    N, (OC, IC) = (7 if C == 200 else 300), (4 * C, C) if layer == "FC1" else (C, 4 * C)
+    assert (len(best_blocks(OC, IC, bandwidth, N)) > 1) == (C in (96, 192))
     band = np.ones((1, OC, IC))
     ops.band_mask(band, bandwidth)
 
@@ -302,14 +303,15 @@ def test_band_matmul(C, bandwidth, layer):
     check_op(forward, backward, inp=(N, IC), weight=(OC, IC), bias=(OC,))
 
 
-def test_band_matmul_goes_by_blocks_where_these_are_few():
-    def share(C, bandwidth):
-        blocks = blocks_of_band(4 * C, C, bandwidth)
+def test_blocks_are_chosen_by_what_they_promise():
+    def share(C, bandwidth, N):
+        blocks = best_blocks(4 * C, C, bandwidth, N)
         return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks) / (4 * C * C)
 
-    assert share(768, 256) == 0.125 - 2 * 32 * 128 / 2359296  # 24 blocks of 128 x 96, the outer two 32 columns less
-    assert share(512, 256) < 0.2 and share(768, 1024) < 0.4
-    assert share(128, 256) == share(768, 8 * 768) == 1  # not worth it
+    assert share(768, 256, 1024) == 0.125 - 2 * 32 * 128 / 2359296  # 24 of 128 x 96, the outer two 32 less
+    assert share(768, 64, 4096) < share(768, 256, 4096) < share(768, 1024, 4096) < 0.4
+    assert len(best_blocks(768, 3072, 256, 64)) < len(best_blocks(768, 3072, 256, 4096))  # calls cost more
+    assert share(768, 256, 1) == share(128, 512, 256) == share(768, 8 * 768, 4096) == 1  # not worth it
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):

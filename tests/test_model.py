@@ -8,7 +8,7 @@ import pytest
 
 import train_banded
 from kernels import cpu
-from kernels.cpu.band_matmul import blocks_of_band
+from kernels.cpu.band_matmul import best_blocks
 from llmc.checkpoint import GPT2Config, named_views, tensor_shapes
 from llmc.init import gpt2_init
 
@@ -78,14 +78,14 @@ def test_accumulated_gradients_equal_one_batch():
 
 def test_band_products_train_as_masked_dense_ones():
     """Twenty updates by blocks equal twenty with dense products, masked gradients and masked weights."""
-    config, bands = GPT2Config(maxT=6, V=11, L=2, NH=2, C=96, Vp=16), (8, 12)
-    assert len(blocks_of_band(384, 96, 8)) == 3 and len(blocks_of_band(96, 384, 12)) == 3
+    config, bands, B, T = GPT2Config(maxT=64, V=11, L=2, NH=2, C=96, Vp=16), (8, 12), 4, 64
+    assert len(best_blocks(384, 96, 8, B * T)) == len(best_blocks(96, 384, 12, B * T)) == 6
     params = gpt2_init(config, 1).astype(np.float64)
-    by_blocks, masked = (train_banded.GPT2(IN_FLOAT64, config, params.copy(), 2, 5, *bands) for _ in range(2))
+    by_blocks, masked = (train_banded.GPT2(IN_FLOAT64, config, params.copy(), B, T, *bands) for _ in range(2))
     for model in (by_blocks, masked):
         model.mask_weights()
     for t in range(1, 21):
-        inputs, targets = batch(2, 5, seed=t)
+        inputs, targets = batch(B, T, seed=t)
         masked.masked, masked.fc1, masked.fc2 = False, 0, 0  # as before the first update of --mask-init 0
         losses = []
         for model in (by_blocks, masked):

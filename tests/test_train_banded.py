@@ -97,6 +97,42 @@ def test_mask_init_decides_on_the_loss_before_the_first_step(train, flags):
     assert first == {0: dense, 1: masked} and dense != masked
 
 
+@pytest.mark.parametrize("flags", ["-w 9", "-1 9 -2 24 --mask-init 0", "-2 12 --grad-accum 2"])
+def test_both_kernels_train_the_same(train, flags):
+    """Products of the band alone, or dense ones and masks: losses as close as rounding leaves them, the same zeros."""
+    runs, tensors = [], []
+    for kernel in ("band", "mask"):
+        runs.append(done(train(f"{flags} --kernel {kernel} -n 4 -l 0.01 -c c.bin")).out)
+        tensors.append(saved()[0])
+    band_losses, mask_losses = (list(tiny.losses(out).values()) for out in runs)
+    assert np.allclose(band_losses, mask_losses, rtol=0, atol=2e-6) and len(band_losses) == 4
+    for name in ("fcw", "fcprojw"):
+        assert np.array_equal(tensors[0][name] == 0, tensors[1][name] == 0)
+        assert np.abs(tensors[0][name] - tensors[1][name]).max() < 1e-4
+    assert ["dense products, then masks" in out for out in runs] == [False, True]
+
+
+def test_band_init_scales_each_row_to_its_fan_in(train):
+    model = read_model("model.bin")
+    tensors = tiny.views(model)
+    for name, kept in (("fcw", band(9)), ("fcprojw", band(24).T)):
+        fan_in = np.maximum(kept.sum(axis=1, keepdims=True), 1)
+        tensors[name] *= kept * np.sqrt(kept.shape[1] / fan_in).astype(np.float32)
+    write_model("scaled.bin", model)
+    expected = val_losses(done(train("-d 1 -n 1", model="scaled.bin")).out)[0]
+    out = done(train("-1 9 -2 24 --band-init fan-in -n 2 -c c.bin")).out
+    assert val_losses(out)[0] == expected != val_losses(done(train("-1 9 -2 24 -n 1")).out)[0]
+    assert "| Band init             | rows scaled by sqrt(inputs / kept inputs)" in out
+    assert read_model("c.bin").fields[:3] == (9, 24, 1)
+
+    done(train("-n 1 -c again.bin", model="c.bin"))  # scaled once is enough, and remembered
+    done(train("--resume c.bin -n 3"))
+    assert read_model("again.bin").fields[:3] == read_model("c.bin").fields[:3] == (9, 24, 1)
+    check_refused(train("-n 1 --band-init fan-in", model="c.bin"), "c.bin", "already")
+    check_refused(train("-w 9 -n 1 --band-init fan-in --mask-init 0"), "--band-init", "--mask-init", code=2)
+    check_refused(train("--resume c.bin -n 4 --band-init fan-in"), "--resume", "--band-init", code=2)
+
+
 def run_with(train, flags):
     result = done(train(f"{flags} -n 5 -v 2 -c c.bin -o log.txt"))
     return read_model("c.bin").params.tobytes(), Path("log.txt").read_bytes(), result.out

@@ -6,7 +6,7 @@ import numpy as np
 
 from kernels.cpu.adamw import adamw_update, band_adamw_update
 from kernels.cpu.attention import attention_backward, attention_forward
-from kernels.cpu.band_mask import band_count, band_mask
+from kernels.cpu.band_mask import band_count, band_fan_in, band_mask
 from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cpu.blocks import num_threads
 from kernels.cpu.column_sum import column_sum
@@ -24,6 +24,7 @@ __all__ = [
     "attention_forward",
     "band_adamw_update",
     "band_count",
+    "band_fan_in",
     "band_mask",
     "band_matmul_backward",
     "band_matmul_forward",

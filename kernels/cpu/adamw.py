@@ -11,6 +11,8 @@ from kernels.cpu.band_matmul import blocks_of_band
 from kernels.cpu.blocks import BLOCK_BYTES, for_blocks, scratch
 
 BLOCK = BLOCK_BYTES // 8  # values of each of six operands
+CHANNELS = 32  # in a block of a banded weight
+PAYS = 0.5  # of the weight: where blocks cover more, visiting all of it is as fast
 
 
 def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
@@ -29,8 +31,8 @@ def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, gr
 def band_adamw_update(params, grads, m, v, bandwidth, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
     """As adamw_update for weights (L,OC,C) that are banded: what is outside, zero in all four, is not visited."""
     _, OC, C = params.shape
-    blocks = blocks_of_band(OC, C, bandwidth)
-    if len(blocks) == 1:
+    blocks = blocks_of_band(OC, C, bandwidth, CHANNELS)
+    if sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks) > PAYS * OC * C:
         adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale)
         return
 

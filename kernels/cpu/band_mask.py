@@ -19,10 +19,15 @@ def band_columns(row, rows, columns, bandwidth):
     return start, max(start, min(stop, columns))
 
 
-def band_count(rows, columns, bandwidth):
-    """Number of kept weights of a (rows,columns) matrix, rows = 4 columns (FC1) or the reverse (FC2)."""
+def band_fan_in(rows, columns, bandwidth):
+    """Number of kept weights of each row of a (rows,columns) matrix, rows = 4 columns (FC1) or the reverse (FC2)."""
     ranges = (band_columns(row, rows, columns, bandwidth) for row in range(rows))
-    return sum(stop - start for start, stop in ranges)
+    return [stop - start for start, stop in ranges]
+
+
+def band_count(rows, columns, bandwidth):
+    """Number of kept weights of a (rows,columns) matrix."""
+    return sum(band_fan_in(rows, columns, bandwidth))
 
 
 def band_mask(weight, bandwidth):

@@ -6,7 +6,7 @@ kernels.cpu is the readable reference. A launcher, <op>.py, computes a grid and 
 from functools import partial
 from types import SimpleNamespace
 
-from kernels.cpu.band_mask import band_count
+from kernels.cpu.band_mask import band_count, band_fan_in
 from kernels.cuda.adamw import adamw_update, band_adamw_update
 from kernels.cuda.attention import attention_backward, attention_forward
 from kernels.cuda.band_mask import band_mask
@@ -54,6 +54,5 @@ def device(runtime) -> SimpleNamespace:
 
     ops = {op.__name__: partial(op, runtime) for op in OPS}
     memory = {name: getattr(runtime, name) for name in MEMORY}
-    return SimpleNamespace(
-        **ops, **memory, band_count=band_count, describe=describe, tf32=getattr(runtime, "tf32", False)
-    )
+    counts = dict(band_count=band_count, band_fan_in=band_fan_in)  # plain arithmetic, the same for every device
+    return SimpleNamespace(**ops, **memory, **counts, describe=describe, tf32=runtime.tf32)
