@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded | setup data model | test lint kernels roofline bench diff | help
+# llm.cupy: make train_banded | setup data model | test lint kernels roofline bench bench_band diff | help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded generate setup data model test test_slow lint kernels roofline bench diff clean help
+.PHONY: train_banded generate setup data model test test_slow lint kernels roofline bench bench_band diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -71,6 +71,9 @@ roofline: setup  ## bounds of every CUDA kernel on three GPUs, written into kern
 
 bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/step_time.py
+
+bench_band: setup  ## the products of banded MLPs against dense ones, written to benchmarks/RESULTS.md
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/band_products.py
 
 diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden

@@ -11,7 +11,6 @@ finds out about the processor. Peak memory is the operating system's figure for 
 
 import os
 import resource
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernels  # before NumPy, as in the trainers  # noqa: E402  # isort: skip
 import numpy as np  # noqa: E402
+import turns  # noqa: E402
 
 from llmc.checkpoint import GPT2Config, named_views, tensor_shapes  # noqa: E402
 from llmc.cli import ArgumentParser, natural, positive_int  # noqa: E402
@@ -32,7 +32,6 @@ SIZES = {"tiny": GPT2Config(maxT=256, L=4, NH=4, C=128), "124M": GPT2Config()}
 STEPS = {"tiny": 40, "124M": 12}
 PROGRAMS = {"torch": "PyTorch eager", "dense": "ours, dense", "w256": "ours, FC1 band 256", "both256": "ours, both 256"}
 WARM_UP = 3
-SETTLE = 0.02  # seconds between turns: the threads of a BLAS spin a while before they sleep
 
 
 def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
@@ -105,35 +104,17 @@ def work(program: str, size: str, B: int, T: int) -> None:
         print(elapsed * 1e3, loss, peak, file=answers, flush=True)
 
 
-def start(program: str, size: str, B: int, T: int) -> subprocess.Popen:
-    environment = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
-    command = [sys.executable, __file__, "--worker", program, "--sizes", size, "-b", str(B), "-t", str(T)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def turn(worker: subprocess.Popen) -> list[float]:
-    """Let a worker run a step: [milliseconds, loss, peak MiB]."""
-    worker.stdin.write("\n")
-    worker.stdin.flush()
-    answer = worker.stdout.readline()
-    if not answer:
-        raise UserError(f"{' '.join(worker.args)}: stopped without an answer", "its own message is above")
-    return [float(word) for word in answer.split()]
-
-
 def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> None:
     """Print a row for each program: median ms, how many times as fast as PyTorch, first loss, peak memory."""
     config = SIZES[size]
     print(f"{size}: C={config.C} L={config.L} V={config.V} B={B} T={T}, float32, medians of {steps} steps")
-    workers = {program: start(program, size, B, T) for program in programs}
+    options = ["--sizes", size, "-b", B, "-t", T]
+    workers = {program: turns.start(__file__, "--worker", program, *options) for program in programs}
     answers = {program: [] for program in programs}
     for _ in range(WARM_UP + steps):
         for program, worker in workers.items():
-            time.sleep(SETTLE)
-            answers[program].append(turn(worker))
-    for worker in workers.values():
-        worker.stdin.close()
-        worker.wait()
+            answers[program].append(turns.turn(worker))
+    turns.stop(workers.values())
     median = {program: np.median([ms for ms, _, _ in rows[WARM_UP:]]) for program, rows in answers.items()}
     for program, rows in answers.items():
         ratio = f"{median['torch'] / median[program]:5.2f} x" if "torch" in median else "      -"

@@ -6,7 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu.band_mask import band_columns
-from kernels.cpu.band_matmul import best_blocks
+from kernels.cpu.band_matmul import best_channels, blocks_of_band
 from kernels.cpu.blocks import PARALLEL_BYTES
 
 
@@ -282,7 +282,7 @@ def test_band_mask_leaves_plus_zero_and_the_band_untouched():
 def test_band_matmul(C, bandwidth, layer):
     """By blocks or dense, the products of a banded weight and their gradients, which are zero outside the band."""
     N, (OC, IC) = (7 if C == 200 else 300), (4 * C, C) if layer == "FC1" else (C, 4 * C)
-    assert (len(best_blocks(OC, IC, bandwidth, N)) > 1) == (C in (96, 192))
+    assert bool(best_channels(OC, IC, bandwidth, N)) == (C in (96, 192))
     band = np.ones((1, OC, IC))
     ops.band_mask(band, bandwidth)
 
@@ -304,14 +304,11 @@ def test_band_matmul(C, bandwidth, layer):
 
 
 def test_blocks_are_chosen_by_what_they_promise():
-    def share(C, bandwidth, N):
-        blocks = best_blocks(4 * C, C, bandwidth, N)
-        return sum((rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in blocks) / (4 * C * C)
-
-    assert share(768, 256, 1024) == 0.125 - 2 * 32 * 128 / 2359296  # 24 of 128 x 96, the outer two 32 less
-    assert share(768, 64, 4096) < share(768, 256, 4096) < share(768, 1024, 4096) < 0.4
-    assert len(best_blocks(768, 3072, 256, 64)) < len(best_blocks(768, 3072, 256, 4096))  # calls cost more
-    assert share(768, 256, 1) == share(128, 512, 256) == share(768, 8 * 768, 4096) == 1  # not worth it
+    assert [best_channels(3072, 768, 256, N) for N in (1, 16, 256, 1024, 4096)] == [0, 64, 32, 32, 32]
+    blocks = blocks_of_band(3072, 768, 256, 32)  # 24 of 128 x 96, the outer two 32 less
+    assert sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks) == 24 * 128 * 96 - 2 * 32 * 128
+    assert best_channels(3072, 768, 64, 4096) < best_channels(3072, 768, 2048, 4096) == 64
+    assert best_channels(512, 128, 512, 256) == best_channels(3072, 768, 8 * 768, 4096) == 0  # not worth it
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):

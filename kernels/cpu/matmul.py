@@ -5,7 +5,7 @@ y = x W^T + b;   dx = dy W,   dW = dy^T x,   db = sum_n dy
 
 import numpy as np
 
-from kernels.cpu.blocks import scratch
+from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
 from kernels.cpu.column_sum import column_sum
 
 ROWS = 256  # of dweight at a time when gradients are added up
@@ -15,7 +15,17 @@ def matmul_forward(out, inp, weight, bias=None):
     """out (N,OC) from inp (N,C), weight (OC,C), bias (OC) or None."""
     np.matmul(inp, weight.T, out=out)
     if bias is not None:
-        out += bias
+        add_bias(out, bias)
+
+
+def add_bias(out, bias):
+    """out (N,OC) += bias (OC)."""
+    N, OC = out.shape
+
+    def rows(start, stop):
+        out[start:stop] += bias
+
+    for_blocks(rows, N, rows_per_block(N, OC), OC)
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, beta=0):
