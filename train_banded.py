@@ -44,10 +44,10 @@ A bandwidth counts positions in the 4C-wide space: 256 at C = 128 keeps 43.9% of
 Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
 
 
-BY_W, BY_12, INIT = {"bandwidth", "dense"}, {"fc1_bandwidth", "fc2_bandwidth"}, {"mask_init", "band_init"}
+BY_W, BY_12, INIT = {"bandwidth", "dense"}, {"fc1_bandwidth", "fc2_bandwidth"}, {"mask_init", "band_init", "permute"}
 
 
-FAN_IN = 1  # of --band-init, in the header behind the two bandwidths
+FAN_IN = 1  # of --band-init, in the header behind the two bandwidths; then the seed of --permute
 
 
 def arguments() -> ArgumentParser:
@@ -60,6 +60,7 @@ def arguments() -> ArgumentParser:
     add("-2", "--fc2-bandwidth", type=natural, help="FC2 bandwidth, 0: dense (default: 0 with -1)")
     add("--mask-init", type=flag01, default=True, help="1: mask the initial weights, 0: from the first update on")
     add("--band-init", choices=("none", "fan-in"), default="none", help="fan-in: scale masked initial weights up to it")
+    add("--permute", type=natural, default=0, help="seed of a random order of FC1's hidden units, 0: their own")
     add("--kernel", choices=("band", "mask"), default="band", help="band: multiply only the band, mask: all, then mask")
     options.add_options(parser)
     return parser
@@ -73,12 +74,13 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
     if model.kind not in (DENSE, BANDED):
         raise UserError(f"{args.model}: kind {model.kind}, expected a dense or banded GPT-2", "use its own trainer")
     saved = model.fields[:2] if model.kind == BANDED else (0, 0)
-    if min(saved) < 0:
-        raise UserError(f"{args.model}: bandwidths {saved[0]} and {saved[1]}, expected none below 0", "save it again")
+    if min(saved) < 0 or (model.kind == BANDED and model.fields[3] < 0):
+        found = f"bandwidths {saved[0]} and {saved[1]}, seed of the order {model.fields[3]}"
+        raise UserError(f"{args.model}: {found}, expected none below 0", "save it again")
     if args.resume:
         if typed & (BY_W | BY_12 | INIT):
             hint = f"for another band start a new run from its weights: -e {args.resume}"
-            flags = "no -w, -d, -1, -2, --mask-init or --band-init"
+            flags = "no -w, -d, -1, -2, --mask-init, --band-init or --permute"
             raise UserError(f"--resume keeps the bands of the checkpoint: {flags}", hint, 2)
         return saved
     if typed & BY_12:
@@ -103,7 +105,15 @@ def rescale_to_fan_in(device, args: Namespace, file: Model, bands: tuple[int, in
         if bandwidth:
             weight = named_views(file.params, tensor_shapes(file.config))[name]  # (L,OC,C)
             kept = np.array(device.band_fan_in(*weight.shape[1:], bandwidth))
+            if args.permute and name == "fcw":
+                kept = kept[hidden_order(file.config, args.permute)[1]]
             weight *= np.sqrt(weight.shape[2] / np.maximum(kept, 1)).astype(np.float32)[:, None]
+
+
+def hidden_order(config: GPT2Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """--permute's order: FC1's p-th hidden unit is number order[p]; unit j is its position[j]-th. Both (4C) int32."""
+    order = np.random.default_rng(seed).permutation(4 * config.C).astype(np.int32)
+    return order, np.argsort(order).astype(np.int32)
 
 
 def scaled_before(file: Model) -> bool:
@@ -151,6 +161,8 @@ def print_masks(device, args: Namespace, config: GPT2Config, bands: tuple[int, i
         table.row(label, mode)
         if args.band_init == "fan-in":
             table.row("Band init", "rows scaled by sqrt(inputs / kept inputs)")
+        if args.permute:
+            table.row("FC1 hidden units", f"in random order (seed {args.permute})")
         if args.kernel == "mask":
             table.row("Band kernel", "dense products, then masks")
     table.rule()
@@ -164,20 +176,44 @@ class GPT2:
     """GPT-2 on a device: parameters, gradients, m and v are one flat float32 buffer each, with a view per tensor."""
 
     def __init__(
-        self, device, config: GPT2Config, params: np.ndarray, B: int, T: int, fc1_bandwidth=0, fc2_bandwidth=0
+        self, device, config: GPT2Config, params: np.ndarray, B, T, fc1_bandwidth=0, fc2_bandwidth=0, permute=0
     ):
+        """permute: seed of the order of hidden units along FC1's band, 0 for their own, which is that of files and FC2.
+
+        FC1's rows stand in the order of its band here, so that this is a diagonal.
+        """
         self.ops, self.config, self.B, self.T = device, config, B, T
         self.fc1_bandwidth, self.fc2_bandwidth = fc1_bandwidth, fc2_bandwidth  # 0 = dense
         self.kernel, self.scaled = "band", False  # --kernel; whether the weights were scaled to the band's fan-in
         self.masked, self.fc1, self.fc2 = False, 0, 0  # the bands of the products: none until the weights are masked
+        self.permute = permute
+        if permute:
+            self.order, self.position = hidden_order(config, permute)
+            self.to_fc1, self.from_fc1 = (device.to_device(index) for index in (self.order, self.position))
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = self._buffer(params)
         self.grads_flat = self.m_flat = self.v_flat = self.acts = self.decoder = None
 
     def _buffer(self, values: np.ndarray | None = None) -> tuple:
         """A flat buffer on the device, of `values` or of zeros for all parameters, and its views by name."""
-        flat = self.ops.zeros(num_parameters(self.config)) if values is None else self.ops.to_device(values)
+        if values is None:
+            flat = self.ops.zeros(num_parameters(self.config))
+        else:
+            flat = self.ops.to_device(self._reordered(values, self.order) if self.permute else values)
         return flat, SimpleNamespace(**named_views(flat, self.shapes))
+
+    def _reordered(self, values: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """A copy of the parameters, m or v (on the host) with the rows of FC1 taken by `index`."""
+        values = values.copy()
+        tensors = named_views(values, self.shapes)
+        for name in ("fcw", "fcb"):
+            tensors[name][...] = tensors[name][:, index]
+        return values
+
+    def in_file_order(self, flat) -> np.ndarray:
+        """The parameters, m or v on the host, hidden units in their own order."""
+        values = self.ops.to_host(flat)
+        return self._reordered(values, self.position) if self.permute else values
 
     def _allocate(self, what: str, shapes: dict) -> SimpleNamespace:
         total = sum(map(math.prod, shapes.values())) * 4
@@ -214,6 +250,7 @@ class GPT2:
             shapes |= dict(lnf=(N, C), lnf_mean=(N,), lnf_rstd=(N,), logits=(N, Vp), losses=(N,))
             self.acts = self._allocate("activations", shapes)
             self.inputs, self.targets = ops.zeros((B, T), np.int32), ops.zeros(N, np.int32)
+            self.hidden = ops.zeros((N, 4 * C)) if self.permute else None
         a = self.acts
         ops.copy_in(self.inputs, inputs)
         ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
@@ -226,7 +263,11 @@ class GPT2:
             ln2 = (a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l])
             ops.fused_residual_forward(a.residual2[l], *ln2, a.residual2[l], residual, p.ln2w[l], p.ln2b[l])
             ops.band_matmul_forward(a.fch[l], a.ln2[l], p.fcw[l], p.fcb[l], self.fc1)
-            ops.gelu_forward(a.fch_gelu[l], a.fch[l])
+            if self.permute:
+                ops.gelu_forward(self.hidden, a.fch[l])
+                ops.take_columns(a.fch_gelu[l], self.hidden, self.from_fc1)
+            else:
+                ops.gelu_forward(a.fch_gelu[l], a.fch[l])
             ops.band_matmul_forward(a.residual3[l], a.fch_gelu[l], p.fcprojw[l], p.fcprojb[l], self.fc2)
             if l + 1 < L:  # the next layer's layernorm, or the last
                 ln, w, b = (a.ln1[l + 1], a.ln1_mean[l + 1], a.ln1_rstd[l + 1]), p.ln1w[l + 1], p.ln1b[l + 1]
@@ -270,7 +311,11 @@ class GPT2:
             ops.band_matmul_backward(
                 d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu[l], p.fcprojw[l], self.fc2, beta
             )
-            ops.gelu_backward(d.bt4c, a.fch[l], d.bt4c)
+            if self.permute:
+                ops.take_columns(self.hidden, d.bt4c, self.to_fc1)
+                ops.gelu_backward(d.bt4c, a.fch[l], self.hidden)
+            else:
+                ops.gelu_backward(d.bt4c, a.fch[l], d.bt4c)
             ops.band_matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, a.ln2[l], p.fcw[l], self.fc1, beta)
             ops.layernorm_backward(
                 d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2[l], p.ln2w[l], a.ln2_mean[l], a.ln2_rstd[l]
@@ -320,6 +365,7 @@ class GPT2:
         if self.decoder is None:
             shapes = dict(x=(maxT, C), y=(maxT, C), mean=(maxT,), rstd=(maxT,), lse=(NH * maxT,), fch=(maxT, 4 * C))
             shapes |= dict(z=(maxT, C), qkv=(L, 1, maxT, 3 * C), logits=(1, self.config.Vp))
+            shapes |= dict(hidden=(maxT, 4 * C)) if self.permute else {}
             self.decoder = SimpleNamespace(**{name: ops.zeros(shape) for name, shape in shapes.items()})
             self.decoder.tokens = ops.zeros((1, maxT), np.int32)
         a = self.decoder
@@ -335,7 +381,9 @@ class GPT2:
             ops.fused_residual_forward(x, y, mean, rstd, x, z, p.ln2w[l], p.ln2b[l])
             ops.matmul_forward(fch, y, p.fcw[l], p.fcb[l])
             ops.gelu_forward(fch, fch)
-            ops.matmul_forward(y, fch, p.fcprojw[l], p.fcprojb[l])
+            if self.permute:
+                ops.take_columns(a.hidden[:n], fch, self.from_fc1)
+            ops.matmul_forward(y, a.hidden[:n] if self.permute else fch, p.fcprojw[l], p.fcprojb[l])
             ops.residual_forward(x, x, y)
         ops.layernorm_forward(y[-1:], mean[-1:], rstd[-1:], x[-1:], p.lnfw, p.lnfb)
         ops.matmul_forward(a.logits, y[-1:], p.wte)
@@ -348,8 +396,8 @@ class GPT2:
 
 def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
     """Write the checkpoint, bands in its header, and the optimizer state for a run that goes on at `step`."""
-    host, bands = model.ops.to_host, (model.fc1_bandwidth, model.fc2_bandwidth)
-    kind, fields = (BANDED, (*bands, FAN_IN * model.scaled)) if any(bands) else (DENSE, ())
+    host, bands = model.in_file_order, (model.fc1_bandwidth, model.fc2_bandwidth)
+    kind, fields = (BANDED, (*bands, FAN_IN * model.scaled, model.permute)) if any(bands) else (DENSE, ())
     file = Model(model.config, host(model.params_flat), step, kind=kind, fields=fields)
     loop.save(args, file, host(model.m_flat), host(model.v_flat), loader, sampler)
 
@@ -362,6 +410,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("-w or -d given together with -1 or -2", "-w N is -1 N -2 0: keep to one of the two", 2)
     args, file, state = options.parse_options(parser, argv)
     bands = choose_bands(args, typed, file)
+    if file.kind == BANDED and "permute" not in typed:
+        args.permute = file.fields[3]
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device, args.tf32)
     tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
@@ -392,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.band_init == "fan-in" and not state:
         rescale_to_fan_in(device, args, file, bands)
     print(f"allocated {file.params.nbytes >> 20} MiB for model parameters")
-    model = GPT2(device, config, file.params, B, T, *bands)
+    model = GPT2(device, config, file.params, B, T, *bands, args.permute if any(bands) else 0)
     model.kernel, model.scaled = args.kernel, args.band_init == "fan-in" or scaled_before(file)
     if state:
         model.allocate_moments(state.m, state.v)

@@ -134,6 +134,12 @@ def test_column_sum(runtime, N, C, offset):
     check(runtime, "column_sum", rounded(C), rounded(N, C), offset=offset)
 
 
+@pytest.mark.parametrize("N, C", [(1, 1), (3, 300), (5, 512)])
+def test_take_columns(runtime, N, C):
+    index = np.random.default_rng(1).permutation(C).astype(np.int32)
+    check(runtime, "take_columns", nan(N, C), rounded(N, C), index)
+
+
 @pytest.mark.parametrize("version", LADDER)
 @pytest.mark.parametrize("N, C, OC", [(1, 1, 1), (33, 20, 50), (130, 37, 131), (128, 64, 256)])
 def test_matmul_by_hand(runtime, version, N, C, OC):

@@ -44,7 +44,7 @@ def test_run_matches_the_c_reference(name, on_emulator, tmp_path, monkeypatch, c
     assert np.abs(params[:: golden_run.STRIDE] - golden_run.load()[name]).max() <= 1e-4
 
 
-BANDED = dict(model="model.bin", fc1_bandwidth=24, fc2_bandwidth=24, grad_clip=0.5)
+BANDED = dict(model="model.bin", fc1_bandwidth=24, fc2_bandwidth=24, permute=3, grad_clip=0.5)
 
 
 def test_thread_schedule_changes_no_bit(on_emulator, folder, capsys):

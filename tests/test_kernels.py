@@ -303,6 +303,15 @@ def test_band_matmul(C, bandwidth, layer):
     check_op(forward, backward, inp=(N, IC), weight=(OC, IC), bias=(OC,))
 
 
+def test_take_columns():
+    inp, index = np.arange(12.0).reshape(3, 4), np.array([2, 0, 3, 1], np.int32)
+    out, back = np.empty_like(inp), np.empty_like(inp)
+    ops.take_columns(out, inp, index)
+    assert out.tolist() == [[2, 0, 3, 1], [6, 4, 7, 5], [10, 8, 11, 9]]
+    ops.take_columns(back, out, np.argsort(index).astype(np.int32))
+    assert np.array_equal(back, inp)
+
+
 def test_blocks_are_chosen_by_what_they_promise():
     assert [best_channels(3072, 768, 256, N) for N in (1, 16, 256, 1024, 4096)] == [0, 64, 32, 32, 32]
     blocks = blocks_of_band(3072, 768, 256, 32)  # 24 of 128 x 96, the outer two 32 less

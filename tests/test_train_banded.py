@@ -133,6 +133,37 @@ def test_band_init_scales_each_row_to_its_fan_in(train):
     check_refused(train("--resume c.bin -n 4 --band-init fan-in"), "--resume", "--band-init", code=2)
 
 
+def test_permute_puts_hidden_units_anywhere_along_the_band_of_fc1(train, folder):
+    """Unit j keeps the channels of its place in a random order; FC2's band stays. The file is an ordinary GPT-2."""
+    order = np.random.default_rng(5).permutation(4 * C)
+    fc1 = np.empty((4 * C, C), bool)
+    fc1[order] = band(9)  # place p of the band is unit order[p]
+    assert not np.array_equal(fc1, band(9))
+    model = read_model("model.bin")
+    tensors = tiny.views(model)
+    tensors["fcw"] *= fc1
+    tensors["fcprojw"] *= band(24).T
+    write_model("masked.bin", model)
+    expected = val_losses(done(train("-d 1 -n 1", model="masked.bin")).out)[0]
+
+    out = done(train("-1 9 -2 24 --permute 5 -n 3 -l 0.01 -s 3 -c c.bin")).out
+    assert abs(val_losses(out)[0] - expected) < 2e-6 and "in random order (seed 5)" in out
+    params, m, v, _, _ = saved()
+    for tensors in (params, m, v):
+        for name, kept in (("fcw", fc1), ("fcprojw", band(24).T)):
+            assert np.array_equal(tensors[name] != 0, np.broadcast_to(kept, tensors[name].shape))
+    assert read_model("c.bin").fields[:4] == (9, 24, 0, 5)
+    last = val_losses(out)[-1]
+    assert abs(val_losses(done(train("-d 1 -n 1", model="c.bin")).out)[0] - last) < 2e-6
+    masked = done(train("-1 9 -2 24 --permute 5 -n 3 -l 0.01 --kernel mask")).out
+    assert abs(val_losses(masked)[-1] - last) < 2e-6
+
+    done(train("-1 9 -2 24 --permute 5 -n 2 -l 0.01 -c two.bin"))
+    done(train("--resume two.bin -n 3"))
+    assert read_model("two.bin").params.tobytes() == read_model("c.bin").params.tobytes()
+    check_refused(train("--resume two.bin -n 4 --permute 6"), "--resume", "--permute", code=2)
+
+
 def run_with(train, flags):
     result = done(train(f"{flags} -n 5 -v 2 -c c.bin -o log.txt"))
     return read_model("c.bin").params.tobytes(), Path("log.txt").read_bytes(), result.out
@@ -397,6 +428,12 @@ def negative_band():
     write_model("model.bin", model)
 
 
+def negative_seed():
+    model = read_model("model.bin")
+    model.kind, model.fields = BANDED, (16, 4, 0, -5)
+    write_model("model.bin", model)
+
+
 def small_tokenizer():
     Tokenizer(byte_tokenizer().tokens[:255], 0).write("byte_tokenizer.bin")
 
@@ -413,6 +450,7 @@ def small_tokenizer():
         (lambda: cut("model.bin", 1), ["model.bin: model file is truncated"]),
         (lambda: Path("model.bin").write_bytes(b""), ["model.bin", "found 0 bytes"]),
         (negative_band, ["model.bin: bandwidths 16 and -4"]),
+        (negative_seed, ["model.bin", "-5", "none below 0"]),
         (lambda: Path("val.bin").unlink(), ["val.bin: no such token data", "make data"]),
         (lambda: [path.unlink() for path in Path().glob("train_*")], ["train_*.bin: no such token data"]),
         (lambda: header_changed("train_01.bin", 0, 1), ["train_01.bin: not a token data file"]),

@@ -17,6 +17,7 @@ from kernels.cpu.global_norm import global_norm
 from kernels.cpu.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
 from kernels.cpu.matmul import matmul_backward, matmul_forward
 from kernels.cpu.residual import residual_forward
+from kernels.cpu.take_columns import take_columns
 
 __all__ = [
     "adamw_update",
@@ -44,6 +45,7 @@ __all__ = [
     "matmul_forward",
     "residual_forward",
     "synchronize",
+    "take_columns",
     "tf32",
     "to_device",
     "to_host",

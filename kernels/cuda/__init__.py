@@ -19,6 +19,7 @@ from kernels.cuda.global_norm import global_norm
 from kernels.cuda.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
 from kernels.cuda.matmul import matmul_backward, matmul_forward
 from kernels.cuda.residual import residual_forward
+from kernels.cuda.take_columns import take_columns
 
 OPS = (
     adamw_update,
@@ -41,6 +42,7 @@ OPS = (
     matmul_backward,
     matmul_forward,
     residual_forward,
+    take_columns,
 )
 MEMORY = ("zeros", "to_device", "copy_in", "to_host", "to_host_later", "synchronize")
 

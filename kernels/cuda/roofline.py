@@ -52,6 +52,7 @@ ROWS_OF_TABLE = [
     Row("attention_dq_64_kernel", "L", "5*N*C + 2*N*NH", "3*N*C + N*C*(T/64 + 1) + 2*N*NH", "3*N*C*(T + 1)"),
     Row("attention_decode_64_kernel", "0", "2*B*T*C + 2*B*C", "", "4*B*T*C"),
     Row("residual_forward_kernel", "0", "3*N*C", "", "N*C"),
+    Row("take_columns_kernel", "0", "2*N*4*C + 4*C", "", "0"),
     Row("fused_classifier_kernel", "1", "2*N*Vp + 2*N", "3*N*Vp + 2*N", "7*N*V"),
     Row("adamw_kernel", "1", "7*P", "", "14*P"),
     Row("band_adamw_kernel", "0", "7*L*K", "", "14*L*K"),
