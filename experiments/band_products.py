@@ -8,8 +8,6 @@ bandwidth. NumPy and PyTorch are processes of their own and take turns; OPENBLAS
 unset. Times are medians.
 """
 
-import os
-import platform
 import sys
 import time
 from importlib.util import find_spec
@@ -25,9 +23,7 @@ import turns  # noqa: E402
 from kernels.cpu.band_matmul import best_channels  # noqa: E402
 from llmc.cli import ArgumentParser, positive_int  # noqa: E402
 from llmc.errors import UserError, run  # noqa: E402
-from llmc.files import atomic_write  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 CHANNELS, TOKENS = (128, 512, 768, 1024), (256, 1024, 4096)
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
 WARM_UP, RUNS = 1, 3  # turns that do not count; runs in a turn, as the layers of a step follow one another
@@ -139,21 +135,6 @@ def crossover(C: int, N: int, ms: dict[tuple[str, int], float]) -> str:
     return f"| {C} | {N} | {cpu.band_count(4 * C, C, max(faster)) / (4 * C * C):.1%} (w = {max(faster)}) |"
 
 
-def machine() -> str:
-    """What the figures were measured on."""
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    model = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        model = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), model)
-    torch = "no PyTorch"
-    if find_spec("torch"):
-        from importlib.metadata import version
-
-        torch = f"PyTorch {version('torch')}"
-    where = f"{model}, {cpu.num_threads()} threads, {platform.system()}"
-    return f"{where}; NumPy {np.__version__} with {blas['name']} {blas['version']}; {torch}"
-
-
 def main() -> int:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -181,13 +162,11 @@ def main() -> int:
         lines += rows
         crossovers.append(crossover(C, N, ms))
     turns.stop(workers.values())
-    text = f"{machine()}; OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE unset; medians of {args.repeats} turns.\n\n"
+    text = f"{turns.machine()}; medians of {args.repeats} turns.\n\n"
     text += "\n".join(lines) + "\n\n| C | B*T | densest band at least 3% faster than dense |\n|---|---|---|\n"
     text += "\n".join(crossovers) + "\n"
     if sizes == [(C, N) for C in CHANNELS for N in TOKENS]:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with atomic_write(RESULTS) as file:
-            file.write(f"# MLP products with banded weights\n\n`make bench_band` writes this. {text}".encode())
+        turns.write_section("MLP products, banded and dense: make bench_band", text)
     print(f"\n{text.partition(chr(10))[0]}\n" + "\n".join(crossovers))
     return 0
 

@@ -104,10 +104,10 @@ def work(program: str, size: str, B: int, T: int) -> None:
         print(elapsed * 1e3, loss, peak, file=answers, flush=True)
 
 
-def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> None:
-    """Print a row for each program: median ms, how many times as fast as PyTorch, first loss, peak memory."""
+def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> str:
+    """Print, and return, a row for each program: median ms, ratio to PyTorch's, first loss, peak memory."""
     config = SIZES[size]
-    print(f"{size}: C={config.C} L={config.L} V={config.V} B={B} T={T}, float32, medians of {steps} steps")
+    lines = [f"{size}: C={config.C} L={config.L} V={config.V} B={B} T={T}, float32, medians of {steps} steps"]
     options = ["--sizes", size, "-b", B, "-t", T]
     workers = {program: turns.start(__file__, "--worker", program, *options) for program in programs}
     answers = {program: [] for program in programs}
@@ -119,11 +119,12 @@ def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> None:
     for program, rows in answers.items():
         ratio = f"{median['torch'] / median[program]:5.2f} x" if "torch" in median else "      -"
         fastest = min(ms for ms, _, _ in rows[WARM_UP:])
-        print(
+        lines.append(
             f"  {PROGRAMS[program]:<20} {median[program]:8.1f} ms (fastest {fastest:8.1f})  {ratio}  "
-            f"first loss {rows[0][1]:.5f}  peak {rows[-1][2]:.0f} MiB",
-            flush=True,
+            f"first loss {rows[0][1]:.5f}  peak {rows[-1][2]:.0f} MiB"
         )
+    print("\n".join(lines), flush=True)
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -145,8 +146,10 @@ def main() -> int:
     programs = [program for program in PROGRAMS if program != "torch" or find_spec("torch")]
     if "torch" not in programs:
         print("PyTorch is not installed: our figures alone (pip install torch)")
-    for size in args.sizes.split(","):
-        compare(size, programs, args.steps or STEPS[size], B, T)
+    tables = [compare(size, programs, args.steps or STEPS[size], B, T) for size in args.sizes.split(",")]
+    if args.sizes == ",".join(SIZES):
+        block = "\n".join(tables)
+        turns.write_section(f"training steps, B={B} T={T}: make bench", f"{turns.machine()}.\n\n```\n{block}\n```")
     return 0
 
 
