@@ -412,6 +412,10 @@ def main(argv: list[str] | None = None) -> int:
     bands = choose_bands(args, typed, file)
     if file.kind == BANDED and "permute" not in typed:
         args.permute = file.fields[3]
+    if "permute" in typed and args.permute and not bands[0]:
+        raise UserError("--permute: it is FC1's band that it moves, and FC1 is dense", "add -w N or -1 N", 2)
+    if args.band_init == "fan-in" and not any(bands):
+        raise UserError("--band-init fan-in: there is no band", "add -w N, -1 N or -2 N", 2)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device, args.tf32)
     tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)

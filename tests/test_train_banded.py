@@ -131,6 +131,7 @@ def test_band_init_scales_each_row_to_its_fan_in(train):
     check_refused(train("-n 1 --band-init fan-in", model="c.bin"), "c.bin", "already")
     check_refused(train("-w 9 -n 1 --band-init fan-in --mask-init 0"), "--band-init", "--mask-init", code=2)
     check_refused(train("--resume c.bin -n 4 --band-init fan-in"), "--resume", "--band-init", code=2)
+    check_refused(train("-d 1 -n 1 --band-init fan-in"), "--band-init", "no band", code=2)
 
 
 def test_permute_puts_hidden_units_anywhere_along_the_band_of_fc1(train, folder):
@@ -162,6 +163,7 @@ def test_permute_puts_hidden_units_anywhere_along_the_band_of_fc1(train, folder)
     done(train("--resume two.bin -n 3"))
     assert read_model("two.bin").params.tobytes() == read_model("c.bin").params.tobytes()
     check_refused(train("--resume two.bin -n 4 --permute 6"), "--resume", "--permute", code=2)
+    check_refused(train("-2 24 -n 1 --permute 6"), "--permute", "FC1 is dense", code=2)
 
 
 def run_with(train, flags):
