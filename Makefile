@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded | setup data model | test lint kernels roofline bench bench_band diff | help
+# llm.cupy: make train_banded train_sparse_attn | recall plot | setup data model | test lint kernels roofline bench bench_band bench_sparse diff | help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded generate setup data model test test_slow lint kernels roofline bench bench_band diff clean help
+.PHONY: train_banded train_sparse_attn plot recall generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,24 @@ train_banded: setup data model  ## set up all that is missing, train a banded GP
 	@echo
 	@echo "more text:      $(PY) generate.py -e checkpoint.bin -p 'ROMEO:' -n 100"
 	@echo "a longer run:   $(PY) train_banded.py -e model.bin -w 256 -n 2000"
+
+# dense first, then its indexer alone (100 steps), then sparse attention with k = T/8
+SPARSE := -b $(B) -t 128 -v 20 -m 5 -s 200
+train_sparse_attn: setup data model  ## set up all that is missing, train dense, warm an indexer up, train sparse
+	$(PY) train_sparse_attn.py -e model.bin --attention dense -c checkpoint_dense.bin -o log_dense.txt -n $(N) $(SPARSE) -l 1e-3
+	$(PY) train_sparse_attn.py -e checkpoint_dense.bin -c checkpoint_sparse.bin -o log_sparse.txt --indexer-warmup 100 -n 300 $(SPARSE) -l 3e-4
+	@echo
+	@echo "more text:      $(PY) generate.py -e checkpoint_sparse.bin -p 'ROMEO:' -n 100"
+	@echo "a picture:      make plot"
+
+plot: $(VENV)/plot-ready  ## plot.png: losses, KL, recall@k and mass@k of log_sparse.txt
+	$(PY) experiments/plot_log.py log_sparse.txt -o plot.png --mark 100
+$(VENV)/plot-ready: $(VENV)/ready requirements-plot.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-plot.txt
+	@touch $@
+
+recall: setup  ## tagged recall: dense, indexer, oracle, random, untrained, recency; the table into README.md
+	$(PY) experiments/recall.py
 
 generate:  ## text from checkpoint.bin
 	$(PY) generate.py -e checkpoint.bin -n 100
@@ -75,9 +93,12 @@ bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed
 bench_band: setup  ## the products of banded MLPs against dense ones, written to benchmarks/RESULTS.md
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/band_products.py
 
+bench_sparse: setup  ## sparse attention, masked and gathered, against dense, written to benchmarks/RESULTS.md
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/sparse_attention.py
+
 diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden
 
 clean:  ## what the trainers and tests wrote; .venv, data and model.bin stay
-	rm -rf build checkpoint*.bin log_*.txt .pytest_cache .ruff_cache .hypothesis
+	rm -rf build checkpoint*.bin log_*.txt plot.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

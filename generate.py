@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterator
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+import train_banded
+import train_sparse_attn
 from llmc import cli
-from llmc.checkpoint import BANDED, DENSE, Model, read_model
+from llmc.checkpoint import BANDED, DENSE, SPARSE_ATTENTION, DeepSeekConfig, read_model
 from llmc.errors import UserError, run
 from llmc.sampler import Sampler, filter_top_k_top_p, sample_probabilities, softmax
+from llmc.sparsity import Sparsity, description, read_sparsity
 from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
-from train_banded import GPT2
 
 EPILOG = """examples:
   python generate.py -e checkpoint.bin -n 100
@@ -58,7 +60,7 @@ def draw(logits: np.ndarray, sampler: Sampler, temperature: float, top_k: int, t
     return sample_probabilities(probabilities, sampler.random_f64())
 
 
-def generate(model: GPT2, tokens: list[int], count: int, choose: Callable, cache: bool = True) -> Iterator[int]:
+def generate(model, tokens: list[int], count: int, choose: Callable, cache: bool = True) -> Iterator[int]:
     """Yield `count` tokens after `tokens`, each chosen from the logits by `choose`; the model sees at most maxT."""
     maxT = model.config.maxT
     text, done = tokens[-maxT:], 0  # what the model sees, and how much of it has been run
@@ -72,12 +74,27 @@ def generate(model: GPT2, tokens: list[int], count: int, choose: Callable, cache
             text, done = text[-max(1, maxT // 2) :], 0
 
 
-def open_model(path: str, device_name: str, tf32: bool = False) -> tuple[GPT2, Model]:
-    """The model of a checkpoint on a device, and its file."""
+def open_model(path: str, device_name: str, tf32: bool = False):
+    """The model of a checkpoint on a device, the GPT2 of the trainer that knows its kind, and its file."""
     file = read_model(path)
-    if file.kind not in (DENSE, BANDED):
-        raise UserError(f"{path}: kind {file.kind}, expected a dense or banded GPT-2", "a newer version may know it")
-    return GPT2(kernels.open_device(device_name, tf32), file.config, file.params, B=1, T=1), file
+    if file.kind not in (DENSE, BANDED, SPARSE_ATTENTION):
+        found = f"{path}: kind {file.kind}, expected a dense, banded or sparse one"
+        raise UserError(found, "a newer version may know it")
+    sparsity = read_sparsity(file, path)
+    device = kernels.open_device(device_name, tf32)
+    if file.kind == SPARSE_ATTENTION or isinstance(file.config, DeepSeekConfig):
+        params = np.concatenate([file.params, file.extra])
+        return train_sparse_attn.GPT2(device, file.config, sparsity, params, B=1, T=1), file
+    return train_banded.GPT2(device, file.config, file.params, B=1, T=1), file
+
+
+def print_attention(s: Sparsity):
+    """What the model attends to, and what its training had and text from it cannot have."""
+    print(f"Attention: {description(s)}")
+    if s.leak:
+        print("WARNING: trained with --legacy-leak, on future keys; here queries attend to earlier ones alone")
+    if s.adaptive == "upstream":
+        print("WARNING: trained with --adaptive upstream, k from future tokens; here k comes from those so far")
 
 
 def print_text(tokens: Iterator[int], tokenizer: Tokenizer | None):
@@ -105,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"=== {banner} ===\nModel: {args.checkpoint}\nTokens: {args.tokens}\nSeed: {seed}")
     if file.kind == BANDED:
         print(f"FC1 bandwidth: {file.fields[0]}, FC2 bandwidth: {file.fields[1]} (0 is dense)")
+    if file.kind == SPARSE_ATTENTION:
+        print_attention(model.sparsity)
     print(f"---\nModel loaded: {file.params.size} parameters")
     print(f"Vocab: {config.V}, MaxSeq: {config.maxT}, Channels: {config.C}\n---\nGenerating:", flush=True)
     sys.stdout.buffer.write(args.prompt.encode())

@@ -19,7 +19,17 @@ import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
 from llmc import loop, options, table
-from llmc.checkpoint import BANDED, DENSE, MATRICES, GPT2Config, Model, named_views, num_parameters, tensor_shapes
+from llmc.checkpoint import (
+    BANDED,
+    DENSE,
+    MATRICES,
+    DeepSeekConfig,
+    GPT2Config,
+    Model,
+    named_views,
+    num_parameters,
+    tensor_shapes,
+)
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError, run
@@ -73,6 +83,8 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
     """
     if model.kind not in (DENSE, BANDED):
         raise UserError(f"{args.model}: kind {model.kind}, expected a dense or banded GPT-2", "use its own trainer")
+    if isinstance(model.config, DeepSeekConfig):
+        raise UserError(f"{args.model}: has MLA or MoE, expected a GPT-2", "python train_sparse_attn.py trains it")
     saved = model.fields[:2] if model.kind == BANDED else (0, 0)
     if min(saved) < 0 or (model.kind == BANDED and model.fields[3] < 0):
         found = f"bandwidths {saved[0]} and {saved[1]}, seed of the order {model.fields[3]}"

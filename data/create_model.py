@@ -1,25 +1,36 @@
-"""Write a GPT-2 with random weights (llm.c's gpt2_d12.bin and the like), without PyTorch.
+"""Write a GPT-2 with random weights (llm.c's gpt2_d12.bin and the like), or one with MLA and MoE, without PyTorch.
 
     python data/create_model.py                             # model.bin: tiny, 7,265,024 parameters
     python data/create_model.py --preset d12 -o d12.bin     # the sizes of GPT-2 124M
     python data/create_model.py --preset small -T 1024      # a preset with one size changed
     python data/create_model.py --vocab byte -o byte.bin    # 256 tokens: small and fast, no BPE
+    python data/create_model.py --mla 1 --experts 4         # latent attention and experts in place of GPT-2's
+    python data/create_model.py --preset dsa --vocab 1000 -o dsa.bin     # 10,008,552 parameters
 
-The weights are those of llmc.init.gpt2_init for the seed. A vocabulary of V tokens is padded to a multiple of 128. The
+The weights are those of llmc.init.gpt2_init for the seed. A vocabulary of V tokens is padded to a multiple of 128, with
+--mla or --experts of 8. The preset dsa has the sizes of the published sparse-attention model, without its indexers. The
 tokenizer file that goes with the vocabulary is written beside the model, unless it is there already.
 """
 
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 from data.corpus import shown, write_tokenizer
-from llmc.checkpoint import BFLOAT16, FLOAT32, GPT2Config, Model, check_config, num_parameters, write_model
-from llmc.cli import ArgumentParser, integer, positive_int, seed
+from llmc.checkpoint import (
+    BFLOAT16,
+    FLOAT32,
+    DeepSeekConfig,
+    GPT2Config,
+    Model,
+    check_config,
+    num_parameters,
+    write_model,
+)
+from llmc.cli import ArgumentParser, flag01, integer, natural, positive_int, seed
 from llmc.errors import UserError, run
 from llmc.init import gpt2_init
 from llmc.tokenizer import BYTE_VOCAB, GPT2_VOCAB
@@ -31,7 +42,13 @@ PRESETS = {
     "d24": GPT2Config(C=1024, L=24, NH=16),
     "d36": GPT2Config(C=1280, L=36, NH=20),
     "d48": GPT2Config(C=1600, L=48, NH=25),
+    "dsa": DeepSeekConfig(C=256, L=4, NH=8, maxT=2048, F=1024, E=4, top=2, q_rank=64, kv_rank=64, R=16),
 }
+SIZES = ("maxT", "L", "NH", "C")  # that a flag may replace in a preset
+PUBLISHED = PRESETS["dsa"]  # whose MLA and MoE are the defaults of their flags
+FLAGS = {"q_rank": "--q-rank", "kv_rank": "--kv-rank", "R": "--rope-dim"}
+FLAGS |= {"E": "--experts", "top": "--top-experts", "F": "--expert-width"}
+FLAGS_HINT = "R is --rope-dim, of the C / NH channels of a head; E is --experts, top --top-experts, F --expert-width"
 VOCABULARIES = {"gpt2": GPT2_VOCAB, "byte": BYTE_VOCAB}
 MAX_VOCABULARY = 1 << 16  # tokens are uint16 in the data files
 VERSIONS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
@@ -65,18 +82,50 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ):
         what += " (default: the preset's)"
         sizes.add_argument(flag, name, dest=dest, metavar=flag[1], type=positive_int, help=what)
+    add = parser.add_argument_group("DeepSeek's parts").add_argument
+    add("--mla", type=flag01, help="1: multi-head latent attention (default: the preset's)")
+    add("--q-rank", type=positive_int, help="latent channels of the queries (default: 64)")
+    add("--kv-rank", type=positive_int, help="latent channels of keys and values (default: 64)")
+    add("--rope-dim", dest="R", metavar="R", type=positive_int, help="rotary channels of a head (default: 16)")
+    add("--experts", dest="E", metavar="E", type=natural, help="experts, 0: GPT-2's MLP (default: the preset's)")
+    add("--top-experts", dest="top", metavar="K", type=positive_int, help="experts of a token (default: 2)")
+    add("--expert-width", dest="F", metavar="F", type=positive_int, help="hidden units of an expert (default: 4 C)")
     return parser.parse(argv)
 
 
+def deepseek_sizes(args: argparse.Namespace, preset: GPT2Config, C: int) -> dict[str, int]:
+    """What a DeepSeekConfig of C channels has besides a GPT-2's sizes, {} if there is neither MLA nor MoE.
+
+    Raises UserError for a flag of a part that is not there.
+    """
+    mla = isinstance(preset, DeepSeekConfig) if args.mla is None else args.mla
+    experts = getattr(preset, "E", 0) if args.E is None else args.E
+    parts = (("--mla 1", mla, ("q_rank", "kv_rank", "R")), ("--experts N", experts, ("top", "F")))
+    for part, there, names in parts:
+        for name in names:
+            if getattr(args, name) is not None and not there:
+                raise UserError(f"{FLAGS[name]} without {part}", f"add {part}, or leave {FLAGS[name]} out", 2)
+    sizes = {name: getattr(args, name) or getattr(PUBLISHED, name) for name in parts[0][2]} if mla else {}
+    if experts:
+        sizes |= {"E": experts, "top": args.top or min(PUBLISHED.top, experts), "F": args.F or 4 * C}
+    return sizes
+
+
 def model_config(args: argparse.Namespace) -> GPT2Config:
-    """The preset with the sizes of the command line. Raises UserError if they make no GPT-2."""
-    given = {name: getattr(args, name) for name in ("maxT", "L", "NH", "C") if getattr(args, name) is not None}
-    config = replace(PRESETS[args.preset], V=args.vocab, Vp=-(-args.vocab // 128) * 128, **given)
+    """The preset with the sizes of the command line. Raises UserError if they make no model."""
+    preset = PRESETS[args.preset]
+    sizes = {name: getattr(args, name) or getattr(preset, name) for name in SIZES}
+    deepseek = deepseek_sizes(args, preset, sizes["C"])
+    padding = 8 if deepseek else 128
+    sizes |= {"V": args.vocab, "Vp": -(-args.vocab // padding) * padding}
+    config = DeepSeekConfig(**sizes, **deepseek) if deepseek else GPT2Config(**sizes)
     try:
-        check_config(config, "-C -L -H -T", "choose other sizes, or a preset")
+        check_config(config, "-C -L -H -T", FLAGS_HINT if deepseek else "choose other sizes, or a preset")
     except UserError as error:
         error.exit_code = 2
         raise
+    if deepseek and args.dtype != "float32":
+        raise UserError(f"--dtype {args.dtype}: a model with MLA or MoE is stored in float32", "leave --dtype out", 2)
     return config
 
 
@@ -88,10 +137,11 @@ def write_matching_tokenizer(name: str, folder: Path) -> None:
         print(f"warning: no {name}_tokenizer.bin: {error.message}\n---> HINT: {error.hint}", file=sys.stderr)
 
 
-def training_command(name: str | None, path: Path) -> str:
+def training_command(config: GPT2Config, name: str | None, path: Path) -> str:
     """What to type next; the named vocabularies find their data by themselves."""
+    script = "train_sparse_attn.py" if isinstance(config, DeepSeekConfig) else "train_banded.py"
     data = "" if name else " -i TRAIN.bin -j VAL.bin"
-    return f"python train_banded.py -e {shown(path)}{data}"
+    return f"python {script} -e {shown(path)}{data}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,15 +158,17 @@ def main(argv: list[str] | None = None) -> None:
         "num_layers": config.L,
         "num_heads": config.NH,
         "channels": config.C,
+        **{flag[2:].replace("-", "_"): getattr(config, size, 0) for size, flag in FLAGS.items()},
         "num_parameters": f"{num_parameters(config):,}",
         "file size": f"{os.path.getsize(args.output):,} bytes",
     }
     for row, value in rows.items():
-        print(f"{row:<18} {value}")
+        if value:
+            print(f"{row:<18} {value}")
     name = {size: name for name, size in VOCABULARIES.items()}.get(config.V)
     if name:
         write_matching_tokenizer(name, args.output.parent)
-    print(f"next: {training_command(name, args.output)}")
+    print(f"next: {training_command(config, name, args.output)}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def open_input(path: str) -> Input:
     with open_file(path) as file:
         data = file.read(HEADER_BYTES)
         magic = int.from_bytes(data[:4], "little")
-        what = {checkpoint.MAGIC: "model file", state.MAGIC: "state file"}.get(magic, "text")
+        models = dict.fromkeys((checkpoint.MAGIC, checkpoint.DEEPSEEK_MAGIC), "model file")
+        what = (models | {state.MAGIC: "state file"}).get(magic, "text")
         if what == "text":
             data += file.read()
     return Input(path, what, data)

@@ -41,6 +41,10 @@ class Logger:
         """Training loss of the 0-based `step`."""
         self._write(f"s:{step} trl:{loss:.4f}\n")
 
+    def add(self, name: str, step: int, value: float) -> None:
+        """Another figure after `step` updates, a line that llm.c's readers pass over; `name` is a word of a-z."""
+        self._write(f"s:{step} {name}:{value:.4f}\n")
+
     def close(self) -> None:
         if self.file:
             self.file.close()

@@ -4,7 +4,7 @@
                    10: step
         20 22 30 32: uint64 rng_state, rng_state_last_update, shard, sample
                   128: 20261121, 1, length of the options (our extension)
-    m float32 (n), v float32 (n)                            n = num_parameters: llm.c's ZeRO stage 0
+    m float32 (n), v float32 (n)          n = num_parameters, as in llm.c's ZeRO stage 0, + the model's extra values
     if should_shuffle: uint64 count, int32 shard_indices; uint64 count, int32 intra_shard_indices; Mersenne Twister
     the options, JSON in UTF-8
 
@@ -88,7 +88,7 @@ def write_state(path: str | os.PathLike, state: TrainState) -> None:
 
 
 def read_state(path: str | os.PathLike, num_parameters: int) -> TrainState:
-    """Read the state of a model of `num_parameters`.
+    """Read the state of a model of `num_parameters`, extra values included.
 
     Raises UserError for a wrong magic, version, size or range, a file that is truncated or too long, or master weights.
     """

@@ -12,8 +12,12 @@ from llmc.checkpoint import (
     BANDED,
     BFLOAT16,
     FLOAT32,
+    MATRICES,
+    SPARSE_ATTENTION,
+    DeepSeekConfig,
     GPT2Config,
     Model,
+    check_is_model,
     from_bfloat16,
     num_parameters,
     read_model,
@@ -25,11 +29,15 @@ from llmc.errors import UserError
 from llmc.files import atomic_write
 
 CONFIG = GPT2Config(maxT=8, V=13, L=2, NH=2, C=4, Vp=16)
+DEEPSEEK = DeepSeekConfig(maxT=8, V=13, L=2, NH=2, C=8, Vp=16, F=6, E=3, top=2, q_rank=5, kv_rank=3, R=2)
+PUBLISHED = DeepSeekConfig(
+    maxT=2048, V=1000, L=4, NH=8, C=256, Vp=1000, F=1024, E=4, top=2, q_rank=64, kv_rank=64, R=16
+)
 
 
-def make_model(version=FLOAT32, **changes):
-    params = np.random.default_rng(0).normal(size=num_parameters(CONFIG)).astype(np.float32)
-    return replace(Model(CONFIG, params, step=7, shard=1, sample=5, version=version), **changes)
+def make_model(version=FLOAT32, config=CONFIG, **changes):
+    params = np.random.default_rng(0).normal(size=num_parameters(config)).astype(np.float32)
+    return replace(Model(config, params, step=7, shard=1, sample=5, version=version), **changes)
 
 
 def edit(path, **ints):
@@ -192,6 +200,164 @@ def test_wrong_sizes_are_the_callers_bug(tmp_path):
     with pytest.raises(ValueError, match="fields"):
         write_model(tmp_path / "model.bin", make_model(fields=(1,) * 125))
     assert list(tmp_path.iterdir()) == []
+
+
+# MLA and MoE
+
+
+def test_deepseek_layout(tmp_path):
+    """The bytes by hand: sizes of its own in ints 11-16, then the tensors in this order."""
+    path = tmp_path / "model.bin"
+    extra = np.float32([1.5, -2.5])
+    model = make_model(config=DEEPSEEK, kind=SPARSE_ATTENTION, fields=(4, 1), extra=extra)
+    write_model(path, model)
+    header = [20261122, 1, 8, 13, 2, 2, 8, 16, 7, 1, 5, 6, 3, 2, 5, 3, 2] + [0] * 111
+    header += [20261121, 1, 2, 2, 4, 1] + [0] * 122
+    assert path.read_bytes() == np.array(header, "<i4").tobytes() + model.params.tobytes() + extra.tobytes()
+    assert tensor_shapes(DEEPSEEK) == {
+        "wte": (16, 8),
+        "wpe": (8, 8),
+        "ln1w": (2, 8),
+        "ln1b": (2, 8),
+        "qaw": (2, 5, 8),
+        "qnw": (2, 5),
+        "qbw": (2, 8, 5),
+        "kvaw": (2, 5, 8),  # 3 latent channels and 2 rotary ones
+        "kvnw": (2, 3),
+        "kvbw": (2, 12, 3),  # of either head 2 channels of the key and 4 of the value
+        "attprojw": (2, 8, 8),
+        "ln2w": (2, 8),
+        "ln2b": (2, 8),
+        "routerw": (2, 3, 8),
+        "expertw": (2, 3, 6, 8),
+        "expertprojw": (2, 3, 8, 6),
+        "lnfw": (8,),
+        "lnfb": (8,),
+        "headw": (16, 8),
+        "headb": (16,),
+    }
+    # dicts compare without regard to order
+    names = "wte wpe ln1w ln1b qaw qnw qbw kvaw kvnw kvbw attprojw ln2w ln2b routerw expertw expertprojw"
+    assert " ".join(tensor_shapes(DEEPSEEK)) == f"{names} lnfw lnfb headw headb"
+
+
+@pytest.mark.parametrize(
+    "absent, names",
+    [
+        (dict(F=0, E=0, top=0), "qaw qnw qbw kvaw kvnw kvbw attprojw ln2w ln2b fcw fcb fcprojw fcprojb"),
+        (
+            dict(q_rank=0, kv_rank=0, R=0),
+            "qkvw qkvb attprojw attprojb ln2w ln2b routerw expertw expertprojw",
+        ),
+    ],
+)
+def test_one_of_the_two_parts(tmp_path, absent, names):
+    """The other part is GPT-2's, of the same shapes."""
+    config, path = replace(DEEPSEEK, **absent), tmp_path / "model.bin"
+    shapes = tensor_shapes(config)
+    assert " ".join(shapes) == f"wte wpe ln1w ln1b {names} lnfw lnfb headw headb"
+    gpt2 = tensor_shapes(GPT2Config(maxT=8, V=13, L=2, NH=2, C=8, Vp=16))
+    both = tensor_shapes(DEEPSEEK)
+    for name, shape in shapes.items():
+        assert shape == both.get(name, gpt2.get(name))
+    write_model(path, make_model(config=config))
+    assert read_model(path).config == config
+
+
+def test_published_number_of_parameters():
+    """As published: a layer's parts, and 10,534,904 in all, of which 4 * 131,588 are indexers."""
+    sizes = {name: np.prod(shape, dtype=int) for name, shape in tensor_shapes(PUBLISHED).items()}
+    parts = {
+        "qaw qnw qbw kvaw kvnw kvbw attprojw": 4 * 143_488,
+        "routerw expertw expertprojw": 4 * 2_098_176,
+        "ln1w ln1b ln2w ln2b": 4 * 1_024,
+        "wte": 256_000,
+        "wpe": 524_288,
+        "lnfw lnfb": 512,
+        "headw headb": 257_000,
+    }
+    assert {names: sum(sizes[name] for name in names.split()) for names in parts} == parts
+    assert num_parameters(PUBLISHED) == sum(parts.values()) == 10_534_904 - 4 * 131_588 == 10_008_552
+
+
+def test_matrices_are_what_a_product_multiplies():
+    """All tensors with two dimensions or more in a layer, of both kinds of models."""
+    for config in (CONFIG, DEEPSEEK):
+        shapes = tensor_shapes(config)  # those with all layers begin with L = 2
+        matrices = [name for name, shape in shapes.items() if len(shape) > (2 if shape[0] == 2 else 1)]
+        assert matrices == [name for name in shapes if name in MATRICES]
+
+
+def test_deepseek_round_trip(tmp_path):
+    first, second = tmp_path / "a.bin", tmp_path / "b.bin"
+    model = make_model(config=DEEPSEEK, kind=SPARSE_ATTENTION, fields=(3,), extra=np.float32([0.1, 0.2]))
+    write_model(first, model)
+    again = read_model(first)
+    write_model(second, again)
+    assert second.read_bytes() == first.read_bytes()
+    assert (again.config, again.step, again.shard, again.sample, again.kind) == (DEEPSEEK, 7, 1, 5, SPARSE_ATTENTION)
+    assert again.version == FLOAT32 and again.fields[:2] == (3, 0)
+    assert np.array_equal(again.extra, model.extra) and np.array_equal(again.params, model.params)
+    with pytest.raises(ValueError, match="written in float32"):
+        write_model(second, replace(model, version=BFLOAT16))
+    assert second.read_bytes() == first.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "ints, found",
+    [
+        (dict(i0=20261123), "magic 20261123, expected 20240326"),
+        (dict(i0=20240326), "version 1, expected 3 or 5"),
+        (dict(i1=3), "version 3, expected 1"),
+        (dict(i2=0), "maxT is 0"),
+        (dict(i5=3), "do not divide by NH = 3"),
+        (dict(i11=0), "F is 0, expected 1..1048576"),
+        (dict(i11=7), "truncated"),
+        (dict(i11=-1), "F is -1"),
+        (dict(i12=0), "top is 2, expected 0..0"),
+        (dict(i12=0, i13=0), "F is 6, expected 0..0"),
+        (dict(i12=257), "E is 257, expected 0..256"),
+        (dict(i12=-3), "E is -3"),
+        (dict(i12=2), "too long"),
+        (dict(i13=0), "top is 0, expected 1..3"),
+        (dict(i13=4), "top is 4, expected 1..3"),
+        (dict(i14=0), "q_rank is 0, expected 1..1048576"),
+        (dict(i14=1 << 30), "q_rank is 1073741824"),
+        (dict(i15=-1), "kv_rank is -1"),
+        (dict(i15=0), "q_rank is 5, expected 0..0"),
+        (dict(i15=0, i14=0), "R is 2, expected 0..0"),
+        (dict(i15=(1 << 31) - 1), "kv_rank is 2147483647, expected 0..1048576"),
+        (dict(i16=0), "R is 0, expected 2..4"),
+        (dict(i16=3), "R is 3, expected an even number"),
+        (dict(i16=6), "R is 6, expected 2..4"),
+        (dict(i16=4), "truncated"),
+        (dict(i11=0, i12=0, i13=0, i14=0, i15=0, i16=0), "neither MLA (kv_rank is 0) nor MoE (E is 0)"),
+        (dict(i130=4), "kind 4"),
+        (dict(i131=1), "truncated"),
+    ],
+)
+def test_bad_deepseek_header(tmp_path, ints, found):
+    path = tmp_path / "model.bin"
+    write_model(path, make_model(config=DEEPSEEK))
+    edit(path, **ints)
+    with pytest.raises(UserError) as error:
+        read_model(path)
+    assert str(path) in error.value.message
+    assert found in error.value.message
+    assert error.value.hint
+
+
+def test_a_checkpoint_may_replace_any_model(tmp_path):
+    path = tmp_path / "model.bin"
+    for config in (CONFIG, DEEPSEEK):
+        write_model(path, make_model(config=config))
+        check_is_model(path, "-c")
+    edit(path, i0=20240520)
+    with pytest.raises(UserError, match=r"-c .*model\.bin: exists and is not a model file \(magic 20240520\)"):
+        check_is_model(path, "-c")
+
+
+# what is left when a write fails
 
 
 def refuse_writes(monkeypatch, after=0):

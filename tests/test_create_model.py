@@ -12,6 +12,7 @@ import pytest
 from data import corpus, create_model
 from llmc.checkpoint import (
     BFLOAT16,
+    DeepSeekConfig,
     GPT2Config,
     from_bfloat16,
     named_views,
@@ -26,6 +27,9 @@ from llmc.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = GPT2Config(maxT=64, V=510, L=2, NH=4, C=64, Vp=512)
+DEEPSEEK = DeepSeekConfig(maxT=64, V=500, L=3, NH=4, C=64, Vp=504, F=128, E=3, top=2, q_rank=24, kv_rank=16, R=6)
+MLA, MOE = ("qaw", "qbw", "kvaw", "kvbw", "attprojw"), ("routerw", "expertw", "expertprojw")
+DEEPSEEK_MATRICES = ("wte", "wpe", *MLA, *MOE, "headw")
 FLAGS = ["-C", "8", "-L", "2", "-H", "2", "-T", "16", "--vocab", "250"]
 
 
@@ -51,12 +55,43 @@ def test_init_tensors():
     for name in ("ln1b", "qkvb", "attprojb", "ln2b", "fcb", "fcprojb", "lnfb"):
         assert not tensors[name].any()
     residual = 0.02 / 6**0.5  # 2 * L = 6 projections write to the residual stream
-    stds = dict(wte=0.02, wpe=0.02, qkvw=0.02, attprojw=residual, fcw=0.02, fcprojw=residual)
+    check_stds(tensors, config.V, wte=0.02, wpe=0.02, qkvw=0.02, attprojw=residual, fcw=0.02, fcprojw=residual)
+
+
+def check_stds(tensors, V, **stds):
     for name, std in stds.items():
-        values = tensors[name][:500] if name == "wte" else tensors[name]
+        values = tensors[name][:V] if name in ("wte", "headw") else tensors[name]
         error = std / (2 * values.size) ** 0.5  # the standard error of a sample's standard deviation
         assert abs(values.std() - std) < 5 * error
         assert abs(values.mean()) < 8 * error
+
+
+def test_init_of_mla_and_moe():
+    """No projection is scaled by the depth; the head is padded as wte is."""
+    tensors = named_views(gpt2_init(DEEPSEEK, seed=1), tensor_shapes(DEEPSEEK))
+    ones = ("ln1w", "qnw", "kvnw", "ln2w", "lnfw")
+    for name, tensor in tensors.items():
+        if name not in DEEPSEEK_MATRICES:
+            assert (tensor == (name in ones)).all()
+    for name in ("wte", "headw"):
+        assert not tensors[name][500:].any() and tensors[name][499].any()
+    check_stds(tensors, 500, **dict.fromkeys(DEEPSEEK_MATRICES, 0.02))
+
+
+def test_init_of_mla_and_moe_draws_in_file_order():
+    tensors = named_views(gpt2_init(DEEPSEEK, seed=3), tensor_shapes(DEEPSEEK))
+    generator = np.random.default_rng(3)
+    for name in DEEPSEEK_MATRICES:
+        expected = generator.standard_normal(tensors[name].shape, dtype=np.float32) * np.float32(0.02)
+        rows = slice(0, 500) if name in ("wte", "headw") else slice(None)
+        np.testing.assert_array_equal(tensors[name][rows], expected[rows])
+
+
+def test_init_of_experts_alone_leaves_attention_unscaled():
+    config = DeepSeekConfig(maxT=64, V=500, L=3, NH=4, C=64, Vp=504, F=128, E=2, top=1)
+    tensors = named_views(gpt2_init(config, seed=1), tensor_shapes(config))
+    check_stds(tensors, 500, qkvw=0.02, attprojw=0.02, expertprojw=0.02)
+    assert not tensors["qkvb"].any() and not tensors["attprojb"].any()
 
 
 def test_init_draws_in_the_documented_order():
@@ -85,6 +120,47 @@ def test_presets(preset, parameters):
     assert num_parameters(config) == parameters
     assert (config.V, config.Vp) == (50257, 50304)
     assert config.C % config.NH == 0
+
+
+def config_of(flags):
+    return create_model.model_config(create_model.parse_arguments(flags.split()))
+
+
+def test_published_sparse_attention_model(capsys):
+    config = config_of("--preset dsa --vocab 1000")
+    assert num_parameters(config) == 10_008_552
+    assert config == DeepSeekConfig(2048, 1000, 4, 8, 256, 1000, F=1024, E=4, top=2, q_rank=64, kv_rank=64, R=16)
+    create_model.main(["--preset", "dsa", "--vocab", "1000", "--seed", "5", "-o", "dsa.bin"])
+    model = read_model("dsa.bin")
+    assert model.config == config and (model.kind, model.extra.size) == (0, 0)
+    np.testing.assert_array_equal(model.params, gpt2_init(config, 5))
+    out = capsys.readouterr().out
+    assert "channels           256\nq_rank             64\nkv_rank            64\nrope_dim           16\n" in out
+    assert "experts            4\ntop_experts        2\nexpert_width       1024\n" in out
+    assert "num_parameters     10,008,552\nfile size          40,035,232 bytes\n" in out
+    assert out.endswith("next: python train_sparse_attn.py -e dsa.bin -i TRAIN.bin -j VAL.bin\n")
+
+
+@pytest.mark.parametrize(
+    "flags, own",
+    [
+        ("--mla 1", dict(q_rank=64, kv_rank=64, R=16)),
+        ("--mla 1 --q-rank 48 --kv-rank 20 --rope-dim 8", dict(q_rank=48, kv_rank=20, R=8)),
+        ("--experts 4", dict(E=4, top=2, F=512)),
+        ("--experts 1", dict(E=1, top=1, F=512)),
+        ("--experts 8 --top-experts 3 --expert-width 50 --mla 0", dict(E=8, top=3, F=50)),
+        ("--mla 1 --experts 4", dict(q_rank=64, kv_rank=64, R=16, E=4, top=2, F=512)),
+        ("--preset dsa --mla 0 -C 128 -L 4 -H 4 -T 256", dict(E=4, top=2, F=512)),
+        ("--preset dsa --experts 0 -C 128 -L 4 -H 4 -T 256", dict(q_rank=64, kv_rank=64, R=16)),
+    ],
+)
+def test_parts(flags, own):
+    """MLA and MoE, each by its flags; the vocabulary is padded to a multiple of 8 only."""
+    assert config_of(f"{flags} --vocab 1001") == DeepSeekConfig(256, 1001, 4, 4, 128, 1008, **own)
+
+
+def test_without_its_parts_the_preset_is_a_gpt2():
+    assert config_of("--preset dsa --mla 0 --experts 0 --vocab 9") == GPT2Config(2048, 9, 4, 8, 256, 128)
 
 
 def test_tiny_model_is_the_default(capsys):
@@ -163,6 +239,18 @@ def test_existing_file_is_overwritten_only_by_force():
         (["--seed", "-1"], "--seed"),
         (["--preset", "huge"], "--preset"),
         (["--dtype", "float16"], "--dtype"),
+        (["--mla", "2"], "--mla: '2', expected 0 or 1"),
+        (["--q-rank", "8"], "--q-rank without --mla 1"),
+        (["--experts", "4", "--kv-rank", "8"], "--kv-rank without --mla 1"),
+        (["--preset", "dsa", "--mla", "0", "--rope-dim", "8"], "--rope-dim without --mla 1"),
+        (["--mla", "1", "--top-experts", "1"], "--top-experts without --experts N"),
+        (["--experts", "0", "--expert-width", "8"], "--expert-width without --experts N"),
+        (["--mla", "1", "--rope-dim", "7"], "-C -L -H -T: R is 7, expected an even number"),
+        (["--mla", "1", "--rope-dim", "34"], "-C -L -H -T: R is 34, expected 2..32"),
+        (["--experts", "2", "--top-experts", "3"], "-C -L -H -T: top is 3, expected 1..2"),
+        (["--experts", "257"], "-C -L -H -T: E is 257, expected 0..256"),
+        (["--experts", "-1"], "--experts: '-1'"),
+        (["--mla", "1", "--dtype", "bfloat16"], "--dtype bfloat16: a model with MLA or MoE is stored in float32"),
     ],
 )
 def test_bad_flags(flags, message):

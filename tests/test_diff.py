@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmc import diff
-from llmc.checkpoint import BANDED, BFLOAT16, GPT2Config, Model, num_parameters, write_model
+from llmc.checkpoint import BANDED, BFLOAT16, DeepSeekConfig, GPT2Config, Model, num_parameters, write_model
 from llmc.dataloader import ShuffleState
 from llmc.errors import UserError
 from llmc.files import EXTENSION, HEADER_BYTES
@@ -277,6 +278,22 @@ def test_extra_tensors_are_compared(tmp_path, capsys):
     b = saved_model(tmp_path / "b.bin", extra=np.float32([1, 2, 4]))
     same, out = compare(tmp_path, capsys, a, b)
     assert not same and re.search(r"extra +3 +4 +1\.0e\+00 \* +3\.3e-01 +\[2\]", out)
+
+
+def test_models_with_mla_and_moe(tmp_path, capsys):
+    config = DeepSeekConfig(maxT=8, V=13, L=2, NH=2, C=8, Vp=16, F=6, E=3, top=2, q_rank=5, kv_rank=3, R=2)
+    params = np.random.default_rng(1).normal(size=num_parameters(config)).astype(np.float32)
+    a = saved_model(tmp_path / "a.bin", config=config, params=params.copy())
+    assert compare(tmp_path, capsys, a, a, 0.0)[0]
+    b = saved_model(tmp_path / "b.bin", [(-1, params[-1] + np.float32(0.5))], config=config, params=params.copy())
+    same, out = compare(tmp_path, capsys, a, b)
+    assert not same and out.endswith("largest difference 5.0e-01: headb[15]\nDIFFERENT: 1 of 20 arrays past 0.0001\n")
+    one = replace(config, top=1)
+    same, out = compare(tmp_path, capsys, a, saved_model(tmp_path / "c.bin", config=one, params=params.copy()))
+    assert not same and out.endswith("DIFFERENT: top unequal\n")
+    gpt2 = saved_model(tmp_path / "gpt2.bin")
+    same, out = compare(tmp_path, capsys, a, gpt2)
+    assert not same and re.search(r" E +3 +-\n", out) and "different shapes" in out
 
 
 def train_state(shards=2, samples=7, n=24, **changes):

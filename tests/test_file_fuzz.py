@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmc.checkpoint import BFLOAT16, GPT2Config, Model, num_parameters, read_model, write_model
+from llmc.checkpoint import BFLOAT16, DeepSeekConfig, GPT2Config, Model, num_parameters, read_model, write_model
 from llmc.dataloader import DataLoader, ShuffleState, count_tokens, write_tokens
 from llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from llmc.errors import UserError
@@ -21,6 +21,8 @@ from llmc.tokenizer import Tokenizer
 
 CONFIG = GPT2Config(maxT=4, V=5, L=1, NH=2, C=4, Vp=8)
 PARAMS = np.linspace(-1, 1, num_parameters(CONFIG), dtype=np.float32)
+DEEPSEEK = DeepSeekConfig(maxT=4, V=5, L=1, NH=1, C=4, Vp=8, F=3, E=2, top=1, q_rank=2, kv_rank=2, R=2)
+DEEPSEEK_PARAMS = np.linspace(-1, 1, num_parameters(DEEPSEEK), dtype=np.float32)
 SHUFFLE = ShuffleState(np.int32([1, 0]), np.int32([2, 0, 1]), np.arange(624, dtype=np.uint32), 5)
 
 
@@ -48,6 +50,11 @@ KINDS = {
         read_model,
         {*range(11), *range(128, 256)},
     ),
+    "model with MLA and MoE": (
+        lambda path: write_model(path, Model(DEEPSEEK, DEEPSEEK_PARAMS, 3, kind=2, extra=np.ones(2, np.float32))),
+        read_model,
+        {*range(17), *range(128, 256)},
+    ),
     "state": (
         lambda path: write_state(path, TrainState(3, 9, 1, 2, PARAMS, PARAMS, SHUFFLE, {"b": 4})),
         lambda path: read_state(path, PARAMS.size),
@@ -64,6 +71,7 @@ KINDS = {
 REWRITE = {
     "model": write_model,
     "bfloat16 model": write_model,
+    "model with MLA and MoE": write_model,
     "state": write_state,
     "debug state": write_debug_state,
     "tokenizer": lambda path, read: read.write(path),
@@ -71,7 +79,7 @@ REWRITE = {
 TELLING = [0, 1, 2, 3, 4, 5, 7, 8, -1, 255, 256, 257, 65535, 65536, 1 << 24, 1 << 30, (1 << 31) - 1, -(1 << 31)]
 ints = st.one_of(st.sampled_from(TELLING), st.integers(-(1 << 31), (1 << 31) - 1))
 places = st.one_of(
-    st.integers(0, 11), st.sampled_from([20, 21, 30, 31, 32, 33]), st.integers(126, 133), st.integers(0, 255)
+    st.integers(0, 17), st.sampled_from([20, 21, 30, 31, 32, 33]), st.integers(126, 133), st.integers(0, 255)
 )
 sparing = settings(
     derandomize=True,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import train_banded
+import train_sparse_attn
 from kernels import cpu
 from llmc.checkpoint import named_views, num_parameters, tensor_shapes
 from llmc.debug_state import DebugState, write_debug_state
@@ -22,12 +23,16 @@ def losses(text: str, kind: str) -> np.ndarray:
     return np.array([float(loss) for loss in re.findall(rf"{kind} loss (\S+)", text)])
 
 
-@pytest.mark.parametrize("name", golden_run.RUNS)
-def test_run_matches_the_c_reference(name, tmp_path, monkeypatch, capsys):
+RUNS = [(train_banded, name, flags) for name, flags in golden_run.RUNS.items()]
+RUNS += [(train_sparse_attn, "dense", ["--attention", "dense"])]
+
+
+@pytest.mark.parametrize("trainer, name, flags", RUNS, ids=[f"{run[0].__name__}-{run[1]}" for run in RUNS])
+def test_run_matches_the_c_reference(trainer, name, flags, tmp_path, monkeypatch, capsys):
     """All 41 training and 5 validation losses within 2e-5, parameters after 41 updates within 1e-4."""
     golden_run.write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert train_banded.main([*golden_run.WORKLOAD, *golden_run.RUNS[name], "-c", "final.bin"]) == 0
+    assert trainer.main([*golden_run.WORKLOAD, *flags, "-c", "final.bin"]) == 0
     ours, reference = capsys.readouterr().out, (golden_run.GOLDEN / f"{name}.log").read_text()
     for kind, count, more in (("train", 41, 0), ("val", 5, 1)):  # ours validates at the end too
         assert losses(reference, kind).size == count and losses(ours, kind).size == count + more

@@ -7,12 +7,21 @@ import signal
 import struct
 import time
 import tracemalloc
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from llmc.checkpoint import GPT2Config, Model, num_parameters, read_model
+from llmc.checkpoint import (
+    SPARSE_ATTENTION,
+    DeepSeekConfig,
+    GPT2Config,
+    Model,
+    num_parameters,
+    read_model,
+    write_model,
+)
 from llmc.dataloader import DataLoader, ShuffleState, write_tokens
 from llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from llmc.errors import UserError
@@ -21,6 +30,7 @@ from llmc.sampler import Sampler
 from llmc.state import TrainState, read_state, write_state
 
 CONFIG = GPT2Config(maxT=8, V=13, L=2, NH=2, C=4, Vp=16)
+DEEPSEEK = DeepSeekConfig(maxT=8, V=13, L=2, NH=2, C=8, Vp=16, F=6, E=3, top=2, q_rank=4, kv_rank=3, R=2)
 N = 20
 OPTIONS = {"input": "data/*_train.bin", "lr": 3e-4, "bandwidth": [256, None], "name": "Zoë \udcff"}
 
@@ -267,12 +277,44 @@ def test_bad_debug_state(tmp_path, at, value, found):
 
 
 def test_state_path_names_the_weights(tmp_path):
-    params = np.arange(10, dtype=np.float32)
-    path = state_path(tmp_path / "run.bin", 20, params, rank=3)
+    model = Model(CONFIG, np.arange(10, dtype=np.float32), step=20)
+    path = state_path(tmp_path / "run.bin", model, rank=3)
     assert path.parent == tmp_path
-    assert path.name.startswith("run_state_00000020_00003_")
-    params[0] = 1
-    assert state_path(tmp_path / "run.bin", 20, params, rank=3) != path
+    crc = zlib.crc32(model.params.tobytes())
+    assert path.name == f"run_state_00000020_00003_{crc:08x}.bin"
+    model.params[0] = 1
+    assert state_path(tmp_path / "run.bin", model, rank=3) != path
+
+
+def test_state_path_names_the_extra_values(tmp_path):
+    params, extra = np.arange(10, dtype=np.float32), np.ones(3, np.float32)
+    model = Model(CONFIG, params, step=20, extra=extra)
+    path = state_path(tmp_path / "run.bin", model)
+    assert path.name == f"run_state_00000020_00000_{zlib.crc32(params.tobytes() + extra.tobytes()):08x}.bin"
+    extra[2] = np.nextafter(extra[2], np.float32(2))
+    assert state_path(tmp_path / "run.bin", model) != path
+
+
+@pytest.mark.parametrize("config", [CONFIG, DEEPSEEK])
+def test_moments_of_extra_values(tmp_path, config):
+    """m and v are as long as parameters and extra values together; the state of other extra values is not taken."""
+    path, rng = tmp_path / "run.bin", np.random.default_rng(0)
+    count = num_parameters(config)
+    params, extra = rng.normal(size=count).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    m, v = rng.normal(size=(2, count + 5)).astype(np.float32)
+    saved = Model(config, params, step=7, kind=SPARSE_ATTENTION, fields=(4, 2, 8), extra=extra)
+    save_checkpoint(path, saved, make_state(m=m, v=v))
+    model, state = load_checkpoint(path)
+    assert model.config == config and model.fields[:4] == (4, 2, 8, 0)
+    assert model.params.tobytes() == params.tobytes() and model.extra.tobytes() == extra.tobytes()
+    assert state.m.tobytes() == m.tobytes() and state.v.tobytes() == v.tobytes()
+
+    with pytest.raises(ValueError, match=f"{count} values of m, the model has {count} and 5 extra"):
+        save_checkpoint(path, saved, make_state(m=m[:count], v=v[:count]))
+    model.extra[0] += 1
+    write_model(path, model)
+    with pytest.raises(UserError, match="no optimizer state beside it"):
+        load_checkpoint(path)
 
 
 def save_forever(path, started):

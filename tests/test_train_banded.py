@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,18 @@ from tiny import (
 )
 
 import train_banded
-from llmc.checkpoint import BANDED, DENSE, MATRICES, Model, named_views, read_model, tensor_shapes, write_model
+from llmc.checkpoint import (
+    BANDED,
+    DENSE,
+    MATRICES,
+    DeepSeekConfig,
+    Model,
+    named_views,
+    num_parameters,
+    read_model,
+    tensor_shapes,
+    write_model,
+)
 from llmc.dataloader import write_tokens
 from llmc.resume import load_checkpoint
 from llmc.tokenizer import Tokenizer, byte_tokenizer
@@ -436,6 +448,11 @@ def negative_seed():
     write_model("model.bin", model)
 
 
+def model_with_experts():
+    config = DeepSeekConfig(**asdict(CONFIG), F=8, E=2, top=1)
+    write_model("model.bin", Model(config, np.zeros(num_parameters(config), np.float32)))
+
+
 def small_tokenizer():
     Tokenizer(byte_tokenizer().tokens[:255], 0).write("byte_tokenizer.bin")
 
@@ -449,6 +466,7 @@ def small_tokenizer():
         (lambda: header_changed("model.bin", 5, 3), ["model.bin", "NH = 3"]),
         (lambda: header_changed("model.bin", 130, 3), ["model.bin: kind 3"]),
         (lambda: header_changed("model.bin", 130, 9), ["model.bin: kind 9"]),
+        (model_with_experts, ["model.bin: has MLA or MoE", "train_sparse_attn.py"]),
         (lambda: cut("model.bin", 1), ["model.bin: model file is truncated"]),
         (lambda: Path("model.bin").write_bytes(b""), ["model.bin", "found 0 bytes"]),
         (negative_band, ["model.bin: bandwidths 16 and -4"]),

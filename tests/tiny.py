@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.checkpoint import GPT2Config, Model, named_views, tensor_shapes, write_model
+from llmc.checkpoint import DeepSeekConfig, GPT2Config, Model, named_views, tensor_shapes, write_model
 from llmc.dataloader import write_tokens
 from llmc.errors import run
 from llmc.init import gpt2_init
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 60
 NUMBER = r"-?[0-9]+\.[0-9]{6}"  # %f
 CONFIG = GPT2Config(maxT=32, V=256, L=2, NH=2, C=16, Vp=320)  # with padding rows, which must stay zero
+DEEPSEEK = DeepSeekConfig(maxT=32, V=256, L=2, NH=2, C=16, Vp=256, F=24, E=3, top=2, q_rank=8, kv_rank=12, R=4)
 B, T = 2, 8
 
 VERSE = b"""The quality of mercy is not strain'd,

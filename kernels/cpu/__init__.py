@@ -11,18 +11,54 @@ from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cpu.blocks import num_threads
 from kernels.cpu.column_sum import column_sum
 from kernels.cpu.encoder import encoder_backward, encoder_forward
+from kernels.cpu.expert_gather import (
+    expert_combine_backward,
+    expert_combine_forward,
+    expert_gather,
+    expert_scatter,
+)
+from kernels.cpu.expert_matmul import expert_matmul_backward, expert_matmul_forward
+from kernels.cpu.expert_plan import expert_plan, expert_rows
 from kernels.cpu.fused_classifier import fused_classifier
+from kernels.cpu.fused_kl import fused_kl
 from kernels.cpu.gelu import gelu_backward, gelu_forward
 from kernels.cpu.global_norm import global_norm
+from kernels.cpu.indexer import (
+    indexer_gathered_backward,
+    indexer_gathered_forward,
+    indexer_scores_backward,
+    indexer_scores_forward,
+)
+from kernels.cpu.keep_controller import keep_controller_backward, keep_controller_forward, keep_controller_init
+from kernels.cpu.latent_attention import latent_attention_forward
 from kernels.cpu.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
+from kernels.cpu.mass_count import mass_count
 from kernels.cpu.matmul import matmul_backward, matmul_forward
+from kernels.cpu.mla import mla_absorb, mla_expand, mla_latent, mla_qkv_backward, mla_qkv_forward
+from kernels.cpu.prefix_features import prefix_features
+from kernels.cpu.random_scores import random_scores
 from kernels.cpu.residual import residual_forward
+from kernels.cpu.rmsnorm import rmsnorm_backward, rmsnorm_forward
+from kernels.cpu.rope import rope_backward, rope_forward
+from kernels.cpu.router import balance_loss, router_backward, router_forward
+from kernels.cpu.row_entropy import row_entropy
+from kernels.cpu.select_topk import select_topk
+from kernels.cpu.silu import silu_backward, silu_forward
+from kernels.cpu.sparse_attention import (
+    attention_mean,
+    sparse_attention_backward,
+    sparse_attention_forward,
+    sparse_attention_mean,
+)
 from kernels.cpu.take_columns import take_columns
+from kernels.cpu.upstream_controller import upstream_controller, upstream_controller_init, upstream_controller_shapes
 
 __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
+    "attention_mean",
+    "balance_loss",
     "band_adamw_update",
     "band_count",
     "band_fan_in",
@@ -34,22 +70,63 @@ __all__ = [
     "describe",
     "encoder_backward",
     "encoder_forward",
+    "expert_combine_backward",
+    "expert_combine_forward",
+    "expert_gather",
+    "expert_matmul_backward",
+    "expert_matmul_forward",
+    "expert_plan",
+    "expert_rows",
+    "expert_scatter",
     "fused_classifier",
+    "fused_kl",
     "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
     "global_norm",
+    "indexer_gathered_backward",
+    "indexer_gathered_forward",
+    "indexer_scores_backward",
+    "indexer_scores_forward",
+    "keep_controller_backward",
+    "keep_controller_forward",
+    "keep_controller_init",
+    "latent_attention_forward",
     "layernorm_backward",
     "layernorm_forward",
+    "mass_count",
     "matmul_backward",
     "matmul_forward",
+    "mla_absorb",
+    "mla_expand",
+    "mla_latent",
+    "mla_qkv_backward",
+    "mla_qkv_forward",
+    "prefix_features",
+    "random_scores",
     "residual_forward",
+    "rmsnorm_backward",
+    "rmsnorm_forward",
+    "rope_backward",
+    "rope_forward",
+    "router_backward",
+    "router_forward",
+    "row_entropy",
+    "select_topk",
+    "silu_backward",
+    "silu_forward",
+    "sparse_attention_backward",
+    "sparse_attention_forward",
+    "sparse_attention_mean",
     "synchronize",
     "take_columns",
     "tf32",
     "to_device",
     "to_host",
     "to_host_later",
+    "upstream_controller",
+    "upstream_controller_init",
+    "upstream_controller_shapes",
     "zeros",
 ]
 

@@ -18,24 +18,24 @@ SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
 FUTURE = np.where(np.tri(QUERIES), np.float32(0), np.float32(-np.inf))  # added to the scores: faster than a choice
 
 
-def _head_groups(B, NH, queries, T):
+def head_groups(B, NH, queries, T):
     """Slices of heads whose scores (B x queries x T each) fit a block together."""
     group = max(1, min(NH, SCORES // (B * queries * T)))
     return [slice(first, min(first + group, NH)) for first in range(0, NH, group)]
 
 
-def _batch_rows(NH, T):
+def rows_at_once(NH, T):
     """How many rows of a batch to take at once: several if all their scores fit a block."""
     return max(1, SCORES // (NH * min(T, QUERIES) * T))
 
 
-def _heads(x, NH):
+def heads(x, NH):
     """(B,T,C) -> view (B,NH,T,hs)"""
     B, T, _ = x.shape
     return x.reshape(B, T, NH, -1).transpose(0, 2, 1, 3)
 
 
-def _split(qkv, NH):
+def split(qkv, NH):
     """(B,T,3C) -> q, k, v, each a view (B,NH,T,hs)"""
     B, T, _ = qkv.shape
     return qkv.reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
@@ -57,12 +57,12 @@ def attention_forward(out, lse, qkv, NH, start=0):
     scale = 1 / sqrt(C3 // 3 // NH)
 
     def batch_rows(begin, stop):
-        q, k, v = _split(qkv[begin:stop], NH)
-        o, log_sums = _heads(out.reshape(B, T - start, -1)[begin:stop], NH), lse[begin:stop]
+        q, k, v = split(qkv[begin:stop], NH)
+        o, log_sums = heads(out.reshape(B, T - start, -1)[begin:stop], NH), lse[begin:stop]
         for first in range(start, T, QUERIES):
             end = min(first + QUERIES, T)
             rows = slice(first - start, end - start)
-            for h in _head_groups(stop - begin, NH, end - first, end):
+            for h in head_groups(stop - begin, NH, end - first, end):
                 s = _causal_scores(q[:, h, first:end], k[:, h, :end], first, scale)
                 top = s.max(axis=3)  # (B,n,t)
                 s -= top[..., None]
@@ -72,7 +72,7 @@ def attention_forward(out, lse, qkv, NH, start=0):
                 o[:, h, rows] /= total[..., None]
                 log_sums[:, h, rows] = top + np.log(total)
 
-    for_blocks(batch_rows, B, _batch_rows(NH, T), NH * T * T)
+    for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
 
 
 def attention_backward(dqkv, dout, qkv, out, lse, NH):
@@ -87,13 +87,13 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
     scale = 1 / sqrt(C3 // 3 // NH)
 
     def batch_rows(begin, stop):
-        q, k, v = _split(qkv[begin:stop], NH)
-        dq, dk, dv = _split(dqkv[begin:stop], NH)
-        do, o = (_heads(x.reshape(B, T, -1)[begin:stop], NH) for x in (dout, out))
+        q, k, v = split(qkv[begin:stop], NH)
+        dq, dk, dv = split(dqkv[begin:stop], NH)
+        do, o = (heads(x.reshape(B, T, -1)[begin:stop], NH) for x in (dout, out))
         for first in reversed(range(0, T, QUERIES)):
             end = min(first + QUERIES, T)
             rows = slice(first, end)
-            for h in _head_groups(stop - begin, NH, end - first, end):
+            for h in head_groups(stop - begin, NH, end - first, end):
                 a = _causal_scores(q[:, h, rows], k[:, h, :end], first, scale)
                 a -= lse[begin:stop, h, rows, None]
                 np.exp(a, out=a)
@@ -103,13 +103,13 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
                 ds *= a
                 ds *= scale
                 np.matmul(ds, k[:, h, :end], out=dq[:, h, rows])
-                _add_product(dk[:, h, :end], ds.swapaxes(2, 3), q[:, h, rows], end == T)
-                _add_product(dv[:, h, :end], a.swapaxes(2, 3), do[:, h, rows], end == T)
+                add_product(dk[:, h, :end], ds.swapaxes(2, 3), q[:, h, rows], end == T)
+                add_product(dv[:, h, :end], a.swapaxes(2, 3), do[:, h, rows], end == T)
 
-    for_blocks(batch_rows, B, _batch_rows(NH, T), NH * T * T)
+    for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
 
 
-def _add_product(out, left, right, write):
+def add_product(out, left, right, write):
     """out = left @ right if `write`, else out += left @ right; (B,n,rows,hs)"""
     if write:
         np.matmul(left, right, out=out)

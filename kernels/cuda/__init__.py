@@ -7,24 +7,63 @@ from functools import partial
 from types import SimpleNamespace
 
 from kernels.cpu.band_mask import band_count, band_fan_in
+from kernels.cpu.expert_plan import expert_rows
+from kernels.cpu.keep_controller import keep_controller_init
+from kernels.cpu.upstream_controller import upstream_controller_init, upstream_controller_shapes
 from kernels.cuda.adamw import adamw_update, band_adamw_update
 from kernels.cuda.attention import attention_backward, attention_forward
 from kernels.cuda.band_mask import band_mask
 from kernels.cuda.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cuda.column_sum import column_sum
 from kernels.cuda.encoder import encoder_backward, encoder_forward
+from kernels.cuda.expert_gather import (
+    expert_combine_backward,
+    expert_combine_forward,
+    expert_gather,
+    expert_scatter,
+)
+from kernels.cuda.expert_matmul import expert_matmul_backward, expert_matmul_forward
+from kernels.cuda.expert_plan import expert_plan
 from kernels.cuda.fused_classifier import fused_classifier
+from kernels.cuda.fused_kl import fused_kl
 from kernels.cuda.gelu import gelu_backward, gelu_forward
 from kernels.cuda.global_norm import global_norm
+from kernels.cuda.indexer import (
+    indexer_gathered_backward,
+    indexer_gathered_forward,
+    indexer_scores_backward,
+    indexer_scores_forward,
+)
+from kernels.cuda.keep_controller import keep_controller_backward, keep_controller_forward
+from kernels.cuda.latent_attention import latent_attention_forward
 from kernels.cuda.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
+from kernels.cuda.mass_count import mass_count
 from kernels.cuda.matmul import matmul_backward, matmul_forward
+from kernels.cuda.mla import mla_absorb, mla_expand, mla_latent, mla_qkv_backward, mla_qkv_forward
+from kernels.cuda.prefix_features import prefix_features
+from kernels.cuda.random_scores import random_scores
 from kernels.cuda.residual import residual_forward
+from kernels.cuda.rmsnorm import rmsnorm_backward, rmsnorm_forward
+from kernels.cuda.rope import rope_backward, rope_forward
+from kernels.cuda.router import balance_loss, router_backward, router_forward
+from kernels.cuda.row_entropy import row_entropy
+from kernels.cuda.select_topk import select_topk
+from kernels.cuda.silu import silu_backward, silu_forward
+from kernels.cuda.sparse_attention import (
+    attention_mean,
+    sparse_attention_backward,
+    sparse_attention_forward,
+    sparse_attention_mean,
+)
 from kernels.cuda.take_columns import take_columns
+from kernels.cuda.upstream_controller import upstream_controller
 
 OPS = (
     adamw_update,
     attention_backward,
     attention_forward,
+    attention_mean,
+    balance_loss,
     band_adamw_update,
     band_mask,
     band_matmul_backward,
@@ -32,17 +71,54 @@ OPS = (
     column_sum,
     encoder_backward,
     encoder_forward,
+    expert_combine_backward,
+    expert_combine_forward,
+    expert_gather,
+    expert_matmul_backward,
+    expert_matmul_forward,
+    expert_plan,
+    expert_scatter,
     fused_classifier,
+    fused_kl,
     fused_residual_forward,
     gelu_backward,
     gelu_forward,
     global_norm,
+    indexer_gathered_backward,
+    indexer_gathered_forward,
+    indexer_scores_backward,
+    indexer_scores_forward,
+    keep_controller_backward,
+    keep_controller_forward,
+    latent_attention_forward,
     layernorm_backward,
     layernorm_forward,
+    mass_count,
     matmul_backward,
     matmul_forward,
+    mla_absorb,
+    mla_expand,
+    mla_latent,
+    mla_qkv_backward,
+    mla_qkv_forward,
+    prefix_features,
+    random_scores,
     residual_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+    rope_backward,
+    rope_forward,
+    router_backward,
+    router_forward,
+    row_entropy,
+    select_topk,
+    silu_backward,
+    silu_forward,
+    sparse_attention_backward,
+    sparse_attention_forward,
+    sparse_attention_mean,
     take_columns,
+    upstream_controller,
 )
 MEMORY = ("zeros", "to_device", "copy_in", "to_host", "to_host_later", "synchronize")
 
@@ -56,5 +132,11 @@ def device(runtime) -> SimpleNamespace:
 
     ops = {op.__name__: partial(op, runtime) for op in OPS}
     memory = {name: getattr(runtime, name) for name in MEMORY}
-    counts = dict(band_count=band_count, band_fan_in=band_fan_in)  # plain arithmetic, the same for every device
-    return SimpleNamespace(**ops, **memory, **counts, describe=describe, tf32=runtime.tf32)
+    # plain arithmetic, the same for every device
+    counts = dict(band_count=band_count, band_fan_in=band_fan_in, expert_rows=expert_rows)
+    controllers = dict(
+        keep_controller_init=keep_controller_init,
+        upstream_controller_init=upstream_controller_init,
+        upstream_controller_shapes=upstream_controller_shapes,
+    )  # on the host, too
+    return SimpleNamespace(**ops, **memory, **counts, **controllers, describe=describe, tf32=runtime.tf32)

@@ -69,6 +69,22 @@ __device__ __forceinline__ float block_sum(float value, float* shared) {
     return total;
 }
 
+// cosine and sine of the angle position * 10000^(-2 pair / rotated): kernels/cpu/rope.py
+struct Rotation {
+    float cosine, sine;
+};
+
+// the angle is counted in turns, in double, and its whole turns are dropped before it becomes a float: as a float, the
+// angle at position 4096 would be off by up to 2e-4. A power in double is some 60 operations, which consumer GPUs do at
+// a 64th of the rate, so a kernel should use a rotation for all heads.
+// sincosf keeps 32 bytes of stack for angles above 1e5, which never come
+__device__ __forceinline__ Rotation rotation(int position, int pair, int rotated) {
+    const double turns = position * (0.15915494309189535 * exp2(-13.287712379549449 * (2 * pair) / rotated));
+    Rotation r;
+    sincosf(6.2831853f * (float)(turns - rint(turns)), &r.sine, &r.cosine);
+    return r;
+}
+
 // columns start .. stop - 1 of a row of a (rows,columns) weight lie inside the band: kernels/cpu/band_mask.py
 struct Band {
     int start, stop;

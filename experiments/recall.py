@@ -1,0 +1,161 @@
+"""Tagged recall (data/recall.py): does the indexer find the one key that matters?
+
+    make recall                                      # six arms, two seeds; the table goes into README.md
+    python experiments/recall.py --seeds 3,4,5       # more seeds; finished runs in build/recall are kept
+
+For each seed a dense model of 0.13M parameters learns the task (600 steps). From its weights every arm goes on for 300
+steps with T = 128 and, but for dense, k = 16 keys a query; the indexer's arm first warms its indexer up (150 steps).
+An answer stands 33 to 126 tokens back: a window of the last 16 keys, in two layers, cannot reach it.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kernels.cpu.blocks import num_threads  # noqa: E402
+from llmc.cli import ArgumentParser  # noqa: E402
+from llmc.errors import UserError, run  # noqa: E402
+from llmc.files import atomic_write  # noqa: E402
+
+README, RESULTS = ROOT / "README.md", ROOT / "experiments" / "recall.json"
+BEGIN, END = "<!-- table: make recall -->\n", "<!-- end of the table -->\n"
+T, K = 128, 16
+MODEL = "--vocab 296 -C 64 -L 2 -H 4 -T 128"
+COMMON = f"-b 32 -t {T} --weight-decay 0.1 --decay-all 0 --beta2 0.95 --grad-clip 1 --warmup 50 -m 8 -s 0"
+COMMON += " --answers-after 256:288 --device cpu"
+LEARN = "--attention dense -n 600 -l 3e-3 --lr-schedule linear -v 100"
+GO_ON = "-l 1e-3 --lr-schedule cosine --final-lr-frac 0.1 -v 150"
+SPARSE = f"--top-k {K} --indexer-dim 16"
+ARMS = {  # name in the table: flags
+    "dense": "--attention dense -n 300",
+    "oracle (dense attention's own top k)": f"{SPARSE} --selector oracle -n 300",
+    "**indexer**, KL, warm-up 150": f"{SPARSE} --indexer-warmup 150 -n 450",
+    "random": f"{SPARSE} --selector random -n 300",
+    "indexer, untrained": f"{SPARSE} --train-indexer 0 -n 300",
+    "recency (last 16)": f"{SPARSE} --selector recency -n 300",
+}
+ANSWERS = re.compile(r"answers: accuracy ([\d.]+)(?:, source selected ([\d., ]+))?")
+LAYER = re.compile(r"layer \d+: (?:KL ([\d.]+), )?recall@k ([\d.]+), mass@k ([\d.]+), kept ([\d.]+) of (\d+) pairs")
+
+
+def command(script: str, flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *flags.split()]
+
+
+def output(folder: Path, name: str, flags: str) -> str:
+    """What train_sparse_attn.py prints, from the last time if it came to its end with the same flags."""
+    path = folder / f"{name}.txt"
+    first = f"{flags}\n"
+    if path.exists() and path.read_text().startswith(first):
+        return path.read_text()
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # seeds run beside each other
+    began = time.perf_counter()
+    done = subprocess.run(command("train_sparse_attn.py", flags), capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"{name}: train_sparse_attn.py {flags} failed: {done.stderr.strip()}")
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{name}: {ANSWERS.findall(done.stdout)[-1][0]} of the answers, {minutes:.1f} minutes", flush=True)
+    with atomic_write(path) as file:
+        file.write(f"{first}{done.stdout}minutes {minutes:.3f}\n".encode())
+    return path.read_text()
+
+
+def figures(text: str) -> dict:
+    """The last validation of a run, and how accurate it was right at its start."""
+    *_, (accuracy, found) = ANSWERS.findall(text)
+    layers = LAYER.findall(text)[-2:]
+    return {
+        "before": float(ANSWERS.findall(text)[0][0]),
+        "accuracy": float(accuracy),
+        "source_selected": [float(share) for share in found.split(",")] if found else [],
+        "kl": [float(layer[0]) for layer in layers if layer[0]],
+        "recall": [float(layer[1]) for layer in layers],
+        "mass": [float(layer[2]) for layer in layers],
+        "kept_pairs": float(layers[0][3]) if layers else T * (T + 1) / 2,
+        "causal_pairs": T * (T + 1) // 2,
+        "minutes": float(re.findall(r"minutes ([\d.]+)", text)[-1]),
+    }
+
+
+def arms_of(seed: int, folder: Path) -> dict:
+    """All arms of a seed: {arm: figures}. Raises UserError if the dense model has not learnt the task."""
+    data = f"-i {folder / 'recall_train.bin'} -j {folder / 'recall_val.bin'} --seed {seed}"
+    model, dense = folder / f"model_{seed}.bin", folder / f"dense_{seed}.bin"
+    subprocess.run(
+        command("data/create_model.py", f"{MODEL} --seed {seed} -o {model} --force"),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    learnt = figures(output(folder, f"learn_{seed}", f"-e {model} {data} {COMMON} {LEARN} -c {dense}"))
+    if learnt["accuracy"] < 0.95:
+        raise UserError(f"seed {seed}: dense attention has {learnt['accuracy']} of the answers", "take another seed")
+    found = {"learn": learnt}
+    for number, (arm, flags) in enumerate(ARMS.items()):
+        found[arm] = figures(output(folder, f"arm{number}_{seed}", f"-e {dense} {data} {COMMON} {GO_ON} {flags}"))
+    return found
+
+
+def table(results: dict) -> str:
+    """The Markdown table: means over seeds, each seed's in brackets."""
+
+    def mean(values, digits=3):
+        return f"{sum(values) / len(values):.{digits}f}"
+
+    seeds = list(results)
+    lines = [
+        "| arm | kept pairs | answers right | source among the keys, layer 0 / 1 | KL | recall@k |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm in ARMS:
+        rows = [results[seed][arm] for seed in seeds]
+        kept, full = rows[0]["kept_pairs"], rows[0]["causal_pairs"]
+        each = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
+        cells = [arm, f"{kept:,.0f} ({100 * kept / full:.1f}%)", f"{mean([row['accuracy'] for row in rows])} ({each})"]
+        sources = [" / ".join(mean([row["source_selected"][layer] for row in rows], 2) for layer in range(2))]
+        cells += sources if rows[0]["source_selected"] else ["all"]
+        learns = rows[0]["kl"] and "untrained" not in arm
+        cells.append(mean([sum(row["kl"]) for row in rows]) if learns else "")
+        cells.append(
+            " / ".join(mean([row["recall"][layer] for row in rows], 2) for layer in range(2))
+            if rows[0]["recall"]
+            else ""
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    minutes = sum(row["minutes"] for seed in seeds for row in results[seed].values())
+    lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {minutes:.0f} minutes of one core in all.")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", default="3,4", help="seeds, each from its own random model")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "recall", help="where runs are kept")
+    args = parser.parse(argv)
+    if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
+        raise UserError(f"--seeds {args.seeds}: expected numbers, as in 3,4", exit_code=2)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if not (args.folder / "recall_train.bin").exists():
+        subprocess.run(command("data/recall.py", f"-o {args.folder}"), check=True)
+    with ThreadPoolExecutor(max(1, num_threads())) as pool:
+        results = dict(zip(seeds, pool.map(lambda seed: arms_of(seed, args.folder), seeds)))
+    with atomic_write(RESULTS) as file:
+        file.write((json.dumps(results, indent=1) + "\n").encode())
+    print(table(results), end="")
+    if BEGIN in (text := README.read_text()):
+        before, _, rest = text.partition(BEGIN)
+        with atomic_write(README) as file:
+            file.write(f"{before}{BEGIN}{table(results)}{END}{rest.partition(END)[2]}".encode())
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,124 @@
+"""What a selection of keys has of dense attention, and of answers: the figures that a validation prints.
+
+A model here is train_sparse_attn.GPT2: measure(inputs), forward(inputs), and what it keeps of each layer.
+"""
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.dataloader import DataLoader
+from llmc.logger import Logger
+
+
+def kept_pairs(k: int, T: int) -> int:
+    """How many (query, key) pairs T queries keep, query t those of min(k, t + 1) keys."""
+    k = min(k, T)
+    return k * (k + 1) // 2 + (T - k) * k
+
+
+def selected(index: np.ndarray, keys: int) -> np.ndarray:
+    """index (...,K) of lists padded with -1 -> mask (...,keys)"""
+    mask = np.zeros((*index.shape[:-1], keys + 1), bool)
+    np.put_along_axis(mask, index.astype(np.int64), True, -1)  # -1 is the spare last column
+    return mask[..., :keys]
+
+
+@dataclass
+class Agreement:
+    """What a selection has of dense attention, summed over queries: recall@k, and the probability that it covers."""
+
+    overlap: float = 0.0  # sum over rows of |selected and top| / |selected|
+    rows: int = 0
+    mass: float = 0.0
+    queries: int = 0
+    kept: int = 0
+
+    def add(self, index: np.ndarray, top: np.ndarray, p: np.ndarray, first: int) -> None:
+        """A block: selected index and the same number of likeliest keys, both (B,R,K), and p (B,R,S).
+
+        Rows in which all keys are selected say nothing of recall and count for the mass only.
+        """
+        S = p.shape[2]
+        chosen, best = selected(index, S), selected(top, S)
+        sizes = chosen.sum(-1)  # (B,R)
+        real = sizes < first + 1 + np.arange(index.shape[1])
+        self.overlap += float(((chosen & best).sum(-1)[real] / sizes[real]).sum())
+        self.rows += int(real.sum())
+        self.mass += float((p * chosen).sum(dtype=np.float64))
+        self.queries += sizes.size
+        self.kept += int(sizes.sum())
+
+    @property
+    def recall(self) -> float:
+        """Mean share of the likeliest keys among those selected, 1 if nothing was left out anywhere."""
+        return self.overlap / self.rows if self.rows else 1.0
+
+    @property
+    def mean_mass(self) -> float:
+        """Mean probability that dense attention gives to the selected keys."""
+        return self.mass / self.queries
+
+
+def answers(inputs: np.ndarray, targets: np.ndarray, first: int, end: int) -> np.ndarray:
+    """Mask (B,T) of the positions whose input is one of the ids first..end-1, and whose target stood earlier."""
+    return (inputs >= first) & (inputs < end) & (sources(inputs, targets) >= 0)
+
+
+def sources(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """(B,T): the last position up to t whose input is the target of position t, -1 if there is none."""
+    T = inputs.shape[1]
+    found = (inputs[:, None, :] == targets[:, :, None]) & np.tri(T, dtype=bool)  # (B,T,T)
+    return np.where(found.any(-1), T - 1 - found[..., ::-1].argmax(-1), -1)
+
+
+def hits(index: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
+    """Share of the queries in mask (B,T) whose wanted key (B,T) is among index (B,T,K)."""
+    return float((index == wanted[..., None]).any(-1)[mask].mean()) if mask.any() else float("nan")
+
+
+def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int):
+    """Print what the selection has of dense attention, on the first validation batch, and of answers, on all."""
+    if model.sparsity.attention == "sparse" and not model.sparsity.leak:
+        loader.reset()
+        divergences, agreements, part = model.measure(loader.next_batch()[0])
+        causal = model.T * (model.T + 1) // 2
+        for l, agreement in enumerate(agreements):
+            kl = f"KL {divergences[l]:.4f}, " if divergences else ""
+            found = f"recall@k {agreement.recall:.4f}, mass@k {agreement.mean_mass:.4f}"
+            print(f"layer {l}: {kl}{found}, kept {agreement.kept / model.B:.1f} of {causal} pairs", flush=True)
+        if divergences:
+            log.add("kl", step, sum(divergences) / len(divergences))
+            print(f"indexer and selection: {100 * part:.1f}% of a forward pass")
+        log.add("recall", step, sum(each.recall for each in agreements) / len(agreements))
+        log.add("mass", step, sum(each.mean_mass for each in agreements) / len(agreements))
+    if args.answers_after:
+        right, found = answer_accuracy(model, loader, batches, *map(int, args.answers_after.split(":")))
+        if right is None:
+            print("answers: none in the validation data", flush=True)
+            return
+        selected = ", ".join(f"{share:.3f}" for share in found)
+        print(f"answers: accuracy {right:.4f}" + (f", source selected {selected}" if found else ""), flush=True)
+        log.add("answers", step, right)
+
+
+def answer_accuracy(model, loader: DataLoader, batches: int, first: int, end: int) -> tuple[float | None, list[float]]:
+    """Share of the tokens after ids first..end-1 that are likeliest; by layer, how often their source was selected.
+
+    None if there is no answer at all.
+    """
+    right, found, total = 0, np.zeros(model.config.L), 0
+    loader.reset()
+    for _ in range(batches):
+        inputs, targets = loader.next_batch()
+        asked, wanted = answers(inputs, targets, first, end), sources(inputs, targets)
+        model.forward(inputs)
+        likeliest = model.ops.to_host(model.acts.logits)[:, : model.config.V].argmax(1).reshape(inputs.shape)
+        right, total = right + int((likeliest == targets)[asked].sum()), total + int(asked.sum())
+        if not model.dense and asked.any():
+            lists = [model.ops.to_host(v.index) for v in model.layers]
+            found += [hits(index, wanted, asked) * asked.sum() for index in lists]
+    if not total:
+        return None, []
+    return right / total, [] if model.dense else list(found / total)

@@ -1,0 +1,210 @@
+"""Attention over selected keys on the CPU: gradients, both forms, dense attention, causality, what is not selected."""
+
+import numpy as np
+import pytest
+from check_op import check_op, relative
+
+from kernels import cpu as ops
+from kernels.cpu import blocks, sparse_attention
+
+FORMS = ("masked", "gathered")
+
+
+def lists(B, T, K, start=0, future=False, full=False, seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """index (B,T-start,K), count (B,T-start): random lists of random lengths, of K keys if `full`."""
+    rng = np.random.default_rng([seed, B, T, K])
+    index, count = np.full((B, T - start, K), -1, np.int32), np.zeros((B, T - start), np.int32)
+    for b in range(B):
+        for t in range(start, T):
+            keys = T if future else t + 1
+            n = min(K, keys) if full else rng.integers(1, min(K, keys) + 1)
+            index[b, t - start, :n] = np.sort(rng.choice(keys, n, replace=False))
+            count[b, t - start] = n
+    return index, count
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch) -> str:
+    """Has the ops use one form, whatever the sizes."""
+    monkeypatch.setattr(sparse_attention, "_gathers", lambda *sizes, **which: request.param == "gathered")
+    return request.param
+
+
+def forward(qkv, index, count, NH, start=0):
+    B, T, C3 = qkv.shape
+    out, lse = np.full((B * (T - start), C3 // 3), np.nan, qkv.dtype), np.full((B, NH, T - start), np.nan, qkv.dtype)
+    ops.sparse_attention_forward(out, lse, qkv, index, count, NH, start)
+    return out, lse
+
+
+def backward(dout, out, lse, qkv, index, count, NH):
+    dqkv = np.full_like(qkv, np.nan)
+    ops.sparse_attention_backward(dqkv, dout, qkv, out, lse, index, count, NH)
+    return dqkv
+
+
+def plain_probabilities(qkv, index, NH, start=0):
+    """(B,NH,T-start,T), the textbook way: softmax over all keys, of which those not selected are struck out"""
+    B, T, C3 = qkv.shape
+    q, k, _ = qkv.reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
+    selected = np.zeros((B, T - start, T), bool)
+    for place in np.argwhere(index >= 0):
+        selected[place[0], place[1], index[tuple(place)]] = True
+    weights = np.exp(q[:, :, start:] @ k.swapaxes(2, 3) / np.sqrt(C3 // 3 // NH)) * selected[:, None]
+    return weights / weights.sum(axis=3, keepdims=True)
+
+
+SIZES = [(1, 1, 1, 4, 1), (2, 5, 3, 4, 3), (2, 64, 2, 8, 64), (1, 150, 3, 5, 9)]
+
+
+@pytest.mark.parametrize("future", [False, True])
+@pytest.mark.parametrize("B, T, NH, hs, K", SIZES)
+def test_gradients(form, B, T, NH, hs, K, future):
+    index, count = lists(B, T, K, future=future)
+
+    def there(qkv):
+        return forward(qkv, index, count, NH)
+
+    def back(dout, saved, qkv):
+        return dict(qkv=backward(dout, *saved, qkv, index, count, NH))
+
+    check_op(there, back, qkv=(B, T, 3 * NH * hs))
+
+
+@pytest.mark.parametrize("future", [False, True])
+@pytest.mark.parametrize("start", [0, 60])
+def test_output_and_mean_equal_the_textbook(form, start, future):
+    B, T, NH, C, K = 2, 150, 4, 32, 20
+    qkv = np.random.default_rng(1).standard_normal((B, T, 3 * C))
+    index, count = lists(B, T, K, start, future)
+    a = plain_probabilities(qkv, index, NH, start)
+    out, lse = forward(qkv, index, count, NH, start)
+    v = qkv.reshape(B, T, 3, NH, -1)[:, :, 2].transpose(0, 2, 1, 3)
+    assert relative(out.reshape(B, T - start, C), (a @ v).transpose(0, 2, 1, 3).reshape(B, T - start, C)) < 1e-13
+    if start == 0:
+        p = np.full((B, T, K), np.nan)
+        ops.sparse_attention_mean(p, qkv, lse, index, count, NH)
+        expected = np.take_along_axis(a.mean(axis=1), np.maximum(index, 0), axis=2)
+        assert relative(p, np.where(index < 0, 0, expected)) < 1e-13
+        assert not p[index < 0].any()
+        assert np.abs(p.sum(axis=2) - 1).max() < 1e-13
+
+
+def test_all_keys_selected_is_dense_attention(form):
+    B, T, NH, C = 2, 130, 2, 16
+    rng = np.random.default_rng(2)
+    qkv, dout = rng.standard_normal((B, T, 3 * C)), rng.standard_normal((B * T, C))
+    index, count = lists(B, T, T, full=True)
+    out, lse, dqkv = np.empty((B * T, C)), np.empty((B, NH, T)), np.empty_like(qkv)
+    ops.attention_forward(out, lse, qkv, NH)
+    ops.attention_backward(dqkv, dout, qkv, out, lse, NH)
+    ours = forward(qkv, index, count, NH)
+    assert relative(ours[0], out) < 1e-13 and relative(ours[1], lse) < 1e-13
+    assert relative(backward(dout, *ours, qkv, index, count, NH), dqkv) < 1e-13
+
+
+def test_mean_of_dense_attention():
+    B, T, NH, C = 2, 150, 4, 32
+    qkv = np.random.default_rng(3).standard_normal((B, T, 3 * C))
+    out, lse = np.empty((B * T, C)), np.empty((B, NH, T))
+    ops.attention_forward(out, lse, qkv, NH)
+    every, _ = lists(B, T, T, full=True)
+    expected = plain_probabilities(qkv, every, NH).mean(axis=1)
+    for first, R, S in ((0, 150, 150), (0, 1, 1), (37, 100, 140), (149, 1, 150), (64, 64, 128)):
+        p = np.full((B, R, S), np.nan)
+        ops.attention_mean(p, qkv, lse, NH, first)
+        assert relative(p, expected[:, first : first + R, :S]) < 1e-13
+    start = 97  # of lse, as in cached decoding
+    p = np.full((B, 50, T), np.nan)
+    ops.attention_mean(p, qkv, np.ascontiguousarray(lse[:, :, start:]), NH, 100, start)
+    assert relative(p, expected[:, 100:]) < 1e-13
+
+
+@pytest.mark.parametrize("cut", [1, 63, 64, 100])
+def test_causal_bit_for_bit(form, cut):
+    """What comes at position `cut` and after, lists and their lengths included, changes no bit before it."""
+    B, T, NH, C, K = 2, 130, 2, 16, 24
+    rng = np.random.default_rng(4)
+    qkv, dout = rng.standard_normal((B, T, 3 * C), np.float32), rng.standard_normal((B * T, C), np.float32)
+    dout.reshape(B, T, C)[:, cut:] = 0  # a loss on the past alone
+    index, count = lists(B, T, K)
+    results, gradients = [], []
+    for _ in range(2):
+        out, lse = forward(qkv, index, count, NH)
+        dqkv, p, dense = (
+            backward(dout, out, lse, qkv, index, count, NH),
+            np.empty((B, T, K), "f"),
+            np.empty((B, T, T), "f"),
+        )
+        ops.sparse_attention_mean(p, qkv, lse, index, count, NH)
+        ops.attention_mean(dense, qkv, lse, NH, 0)
+        before = out.reshape(B, T, C)[:, :cut], lse[:, :, :cut], p[:, :cut], dense[:, :cut], dqkv[:, :cut, :C]
+        results.append([values.tobytes() for values in before])
+        gradients.append(dqkv[:, :cut])
+        assert not dqkv[:, cut:].any()
+        qkv[:, cut:] = 5 * rng.standard_normal((B, T - cut, 3 * C), np.float32)
+        other = lists(B, T, K, full=True, seed=1)
+        index[:, cut:], count[:, cut:] = other[0][:, cut:], other[1][:, cut:]
+    assert results[0] == results[1]
+    # dk and dv are sums over another number of queries, of which the later ones add 0
+    assert relative(*gradients) < 1e-6
+
+
+def test_a_key_that_nobody_selected_gets_no_gradient(form):
+    B, T, NH, C = 2, 100, 2, 8
+    rng = np.random.default_rng(5)
+    qkv, dout = rng.standard_normal((B, T, 3 * C)), rng.standard_normal((B * T, C))
+    index = np.full((B, T, 2), -1, np.int32)
+    index[:, :, 0] = np.arange(T) // 10 * 10  # one key, a tenth of the positions
+    out, lse = forward(qkv, index, np.ones((B, T), np.int32), NH)
+    dqkv = backward(dout, out, lse, qkv, index, np.ones((B, T), np.int32), NH)
+    assert not dqkv[:, np.arange(T) % 10 > 0, C:].any()
+    assert dqkv[:, ::10, 2 * C :].all()
+    # with one key each the weight is 1: the value comes out, its gradient is the sum of dout, and scores do not matter
+    assert relative(out.reshape(B, T, C), qkv[:, index[0, :, 0], 2 * C :]) < 1e-15
+    assert relative(dqkv[:, ::10, 2 * C :], dout.reshape(B, T // 10, 10, C).sum(axis=2)) < 1e-14
+    assert np.abs(dqkv[:, :, : 2 * C]).max() < 1e-14
+
+
+def test_scores_far_apart_neither_overflow_nor_warn(form):
+    """The largest score of all may be one that is not selected, 1e4 above the others."""
+    B, T, NH, C, K = 1, 70, 1, 4, 3
+    qkv = np.ones((B, T, 3 * C), np.float32)
+    qkv[:, 0, C : 2 * C] = 1e4
+    index = np.full((B, T, K), -1, np.int32)
+    index[:, :, 0] = np.arange(T)
+    count = np.ones((B, T), np.int32)
+    with np.errstate(over="raise", invalid="raise"):
+        out, lse = forward(qkv, index, count, NH)
+        p = np.empty((B, T, K), np.float32)
+        ops.sparse_attention_mean(p, qkv, lse, index, count, NH)
+        dqkv = backward(out, out, lse, qkv, index, count, NH)
+    assert np.array_equal(out, np.ones_like(out)) and np.isfinite(dqkv).all()
+    assert np.array_equal(p[:, :, 0], np.ones((B, T)))
+
+
+def test_threads_change_no_bit(form, monkeypatch):
+    B, T, NH, C, K = 2, 200, 2, 16, 40
+    rng = np.random.default_rng(6)
+    qkv, dout = rng.standard_normal((B, T, 3 * C), np.float32), rng.standard_normal((B * T, C), np.float32)
+    index, count = lists(B, T, K)
+    monkeypatch.setattr(blocks, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 16)
+    results = []
+    for threads in (1, 3):
+        monkeypatch.setattr(blocks, "num_threads", lambda threads=threads: threads)
+        out, lse = forward(qkv, index, count, NH)
+        dqkv, p = backward(dout, out, lse, qkv, index, count, NH), np.empty((B, T, K), np.float32)
+        ops.sparse_attention_mean(p, qkv, lse, index, count, NH)
+        results.append([values.tobytes() for values in (out, lse, dqkv, p)])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("T, C, NH, K, gathers", [
+    (1024, 128, 4, 16, (True, True)), (4096, 768, 12, 128, (True, True)), (1024, 128, 4, 128, (False, False)),
+    (1024, 768, 12, 1024, (False, False)), (64, 128, 4, 2, (True, False)),
+])  # fmt: skip
+def test_few_keys_are_gathered(T, C, NH, K, gathers):
+    qkv, index = np.empty((1, T, 3 * C), np.float32), np.empty((1, T, K), np.int32)
+    chosen = tuple(sparse_attention._gathers(qkv, index, NH, backward) for backward in (False, True))
+    assert chosen == gathers
