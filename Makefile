@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn | recall plot | setup data model | test lint kernels roofline bench bench_band bench_sparse diff | help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | recall plot | setup data model | test lint kernels roofline bench bench_band bench_sparse diff | help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -11,7 +11,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn plot recall generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,16 @@ train_sparse_attn: setup data model  ## set up all that is missing, train dense,
 	@echo
 	@echo "more text:      $(PY) generate.py -e checkpoint_sparse.bin -p 'ROMEO:' -n 100"
 	@echo "a picture:      make plot"
+
+# a baseline, its perplexity, then layer 0 replaced and fine-tuned, and the control: the same layer, GPT-2's attention
+TORUS := -b $(B) -t 128 -v 50 -m 20 -s 0
+train_toroidal: setup data model baseline.bin  ## set up all that is missing, replace layer 0's attention by a toroidal one
+	$(PY) train_toroidal.py -e baseline.bin --layers 0 --depth 2 -c checkpoint_toroidal.bin -o log_toroidal.txt -n 150 $(TORUS) -l 3e-4
+	$(PY) train_toroidal.py -e baseline.bin --layers 0 --control 1 -n 150 $(TORUS) -l 3e-4 | grep -E "^\| control|^val loss|^perplexity"
+	@echo
+	@echo "the second list is the control: the same layer and steps, attention unchanged"
+baseline.bin: | $(VENV)/ready $(DATA) model.bin
+	$(PY) train_toroidal.py -e model.bin --layers none --train all -c $@ -n $(N) $(TORUS) -l 1e-3
 
 plot: $(VENV)/plot-ready  ## plot.png: losses, KL, recall@k and mass@k of log_sparse.txt
 	$(PY) experiments/plot_log.py log_sparse.txt -o plot.png --mark 100
@@ -100,5 +110,5 @@ diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden
 
 clean:  ## what the trainers and tests wrote; .venv, data and model.bin stay
-	rm -rf build checkpoint*.bin log_*.txt plot.png .pytest_cache .ruff_cache .hypothesis
+	rm -rf build checkpoint*.bin baseline*.bin log_*.txt plot.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -19,12 +19,14 @@ import numpy as np
 
 import train_banded
 import train_sparse_attn
+import train_toroidal
 from llmc import cli
-from llmc.checkpoint import BANDED, DENSE, SPARSE_ATTENTION, DeepSeekConfig, read_model
+from llmc.checkpoint import BANDED, SPARSE_ATTENTION, TOROIDAL, DeepSeekConfig, read_model
 from llmc.errors import UserError, run
 from llmc.sampler import Sampler, filter_top_k_top_p, sample_probabilities, softmax
 from llmc.sparsity import Sparsity, description, read_sparsity
 from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
+from llmc.torus import read_torus
 
 EPILOG = """examples:
   python generate.py -e checkpoint.bin -n 100
@@ -77,15 +79,13 @@ def generate(model, tokens: list[int], count: int, choose: Callable, cache: bool
 def open_model(path: str, device_name: str, tf32: bool = False):
     """The model of a checkpoint on a device, the GPT2 of the trainer that knows its kind, and its file."""
     file = read_model(path)
-    if file.kind not in (DENSE, BANDED, SPARSE_ATTENTION):
-        found = f"{path}: kind {file.kind}, expected a dense, banded or sparse one"
-        raise UserError(found, "a newer version may know it")
-    sparsity = read_sparsity(file, path)
+    sparse = file.kind == SPARSE_ATTENTION or isinstance(file.config, DeepSeekConfig)
+    how = read_sparsity(file, path) if sparse else read_torus(file, path) if file.kind == TOROIDAL else None
     device = kernels.open_device(device_name, tf32)
-    if file.kind == SPARSE_ATTENTION or isinstance(file.config, DeepSeekConfig):
-        params = np.concatenate([file.params, file.extra])
-        return train_sparse_attn.GPT2(device, file.config, sparsity, params, B=1, T=1), file
-    return train_banded.GPT2(device, file.config, file.params, B=1, T=1), file
+    if how is None:
+        return train_banded.GPT2(device, file.config, file.params, B=1, T=1), file
+    trainer = train_sparse_attn if sparse else train_toroidal
+    return trainer.GPT2(device, file.config, how, np.concatenate([file.params, file.extra]), B=1, T=1), file
 
 
 def print_attention(s: Sparsity):
@@ -124,6 +124,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"FC1 bandwidth: {file.fields[0]}, FC2 bandwidth: {file.fields[1]} (0 is dense)")
     if file.kind == SPARSE_ATTENTION:
         print_attention(model.sparsity)
+    if file.kind == TOROIDAL:
+        torus = model.torus
+        print(f"Attention: toroidal in layers {', '.join(map(str, torus.layers))}, depth {torus.depth}")
+        if not torus.causal:
+            print("WARNING: --mode upstream: its ring is as long as the text, so all of it runs again for each token")
     print(f"---\nModel loaded: {file.params.size} parameters")
     print(f"Vocab: {config.V}, MaxSeq: {config.maxT}, Channels: {config.C}\n---\nGenerating:", flush=True)
     sys.stdout.buffer.write(args.prompt.encode())

@@ -63,7 +63,7 @@ def draw(values: dict, path: Path, mark: int) -> None:
         axis.set(title=title, xlabel="step")
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize="small")
+        axis.legend(edgecolor="none", framealpha=0.8, fontsize="small")
     figure.savefig(path, dpi=110)
 
 

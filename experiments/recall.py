@@ -33,7 +33,7 @@ COMMON = f"-b 32 -t {T} --weight-decay 0.1 --decay-all 0 --beta2 0.95 --grad-cli
 COMMON += " --answers-after 256:288 --device cpu"
 LEARN = "--attention dense -n 600 -l 3e-3 --lr-schedule linear -v 100"
 GO_ON = "-l 1e-3 --lr-schedule cosine --final-lr-frac 0.1 -v 150"
-SPARSE = f"--top-k {K} --indexer-dim 16"
+SPARSE = f"--top-k {K} --indexer-dim 16 --indexer-lr-sparse 2e-3"
 ARMS = {  # name in the table: flags
     "dense": "--attention dense -n 300",
     "oracle (dense attention's own top k)": f"{SPARSE} --selector oracle -n 300",
@@ -119,8 +119,9 @@ def table(results: dict) -> str:
         kept, full = rows[0]["kept_pairs"], rows[0]["causal_pairs"]
         each = ", ".join(f"{row['accuracy']:.3f}" for row in rows)
         cells = [arm, f"{kept:,.0f} ({100 * kept / full:.1f}%)", f"{mean([row['accuracy'] for row in rows])} ({each})"]
-        sources = [" / ".join(mean([row["source_selected"][layer] for row in rows], 2) for layer in range(2))]
-        cells += sources if rows[0]["source_selected"] else ["all"]
+        found = rows[0]["source_selected"]
+        shares = [mean([row["source_selected"][layer] for row in rows], 2) for layer in range(len(found))]
+        cells.append(" / ".join(shares) or "all")
         learns = rows[0]["kl"] and "untrained" not in arm
         cells.append(mean([sum(row["kl"]) for row in rows]) if learns else "")
         cells.append(

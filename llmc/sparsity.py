@@ -59,8 +59,8 @@ class Sparsity:
 
 def read_fields(fields: tuple[int, ...], layers: int, positions: int, name: str) -> Sparsity:
     """The Sparsity of header fields. Raises UserError naming the file `name` for anything out of range."""
-    if fields[:1] != (LAYOUT,):
-        raise UserError(f"{name}: layout {fields[:1]} of the sparse attention's fields, expected {LAYOUT}", HINT)
+    if fields[0] != LAYOUT:
+        raise UserError(f"{name}: layout {fields[0]} of the sparse attention's fields, expected {LAYOUT}", HINT)
     if layers > MAX_LAYERS:
         raise UserError(f"{name}: {layers} layers, the header has room for {MAX_LAYERS}", HINT)
     attention, selector, indexer, heads, width, rotated, force_self, sink, adaptive, leak, coverage, seed = fields[1:13]
@@ -216,7 +216,8 @@ def choose_sparsity(args: Namespace, typed: set[str], file: Model) -> Sparsity:
     chosen = replace(chosen, **{field: getattr(args, flag) for flag, field in flags.items()})
     if len(given := sorted(HOW_MANY & typed)) > 1:
         raise UserError(f"{flag_of(given[0])} given with {flag_of(given[1])}", "keep one", 2)
-    if given or old is None:
+    adapts = chosen.selector == "top-p" or chosen.adaptive != "none"  # and did not before: then k is only its limit
+    if given or old is None or (adapts and {"selector", "adaptive"} & typed):
         chosen = replace(chosen, k=layer_k(args, chosen, L, T, maxT))
     if chosen.attention == "dense":
         idle = {"indexer_warmup"} if args.indexer_warmup else set()

@@ -11,6 +11,7 @@ import pytest
 
 import train_banded
 import train_sparse_attn
+import train_toroidal
 from kernels import cpu
 from llmc.checkpoint import named_views, num_parameters, tensor_shapes
 from llmc.debug_state import DebugState, write_debug_state
@@ -25,6 +26,9 @@ def losses(text: str, kind: str) -> np.ndarray:
 
 RUNS = [(train_banded, name, flags) for name, flags in golden_run.RUNS.items()]
 RUNS += [(train_sparse_attn, "dense", ["--attention", "dense"])]
+RUNS += [(train_toroidal, "dense", ["--layers", "none", "--train", "all"])]
+GPT2 = ["--depth", "1", "--lambda", "0", "--rope", "none", "--fusion", "identity"]
+RUNS += [(train_toroidal, "dense", ["--layers", "0,1", "--train", "all", *GPT2])]
 
 
 @pytest.mark.parametrize("trainer, name, flags", RUNS, ids=[f"{run[0].__name__}-{run[1]}" for run in RUNS])
@@ -40,12 +44,13 @@ def test_run_matches_the_c_reference(trainer, name, flags, tmp_path, monkeypatch
         print(f"{name}: {kind} losses within {difference:.1e}")
         assert difference <= 2e-5
 
-    # as llm.c's gpt2_build_from_checkpoint reads it: eight ints, then the 16 tensors and nothing else
+    # as llm.c's gpt2_build_from_checkpoint reads it: eight ints, then the 16 tensors; then lambda of toroidal layers
     data = (tmp_path / "final.bin").read_bytes()
     config = golden_run.CONFIG
     assert np.frombuffer(data, "<i4", 8).tolist() == [20240326, 3, 64, 510, 2, 4, 64, 512]
-    assert len(data) == 1024 + 4 * num_parameters(config) == 548_864
-    params = np.frombuffer(data, "<f4", offset=1024)
+    extra = 2 * 2 * config.NH if "--depth" in flags else 0
+    assert len(data) - 4 * extra == 1024 + 4 * num_parameters(config) == 548_864
+    params = np.frombuffer(data, "<f4", num_parameters(config), offset=1024)
     difference = np.abs(params[:: golden_run.STRIDE] - golden_run.load()[name]).max()
     print(f"{name}: parameters within {difference:.1e}")
     assert difference <= 1e-4

@@ -1,5 +1,7 @@
 """Every op in NumPy, under its one name, and what a trainer needs of a device. The readable reference, and fast."""
 
+import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +12,7 @@ from kernels.cpu.band_mask import band_count, band_fan_in, band_mask
 from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cpu.blocks import num_threads
 from kernels.cpu.column_sum import column_sum
+from kernels.cpu.depth_fusion import depth_fusion_backward, depth_fusion_forward
 from kernels.cpu.encoder import encoder_backward, encoder_forward
 from kernels.cpu.expert_gather import (
     expert_combine_backward,
@@ -21,6 +24,7 @@ from kernels.cpu.expert_matmul import expert_matmul_backward, expert_matmul_forw
 from kernels.cpu.expert_plan import expert_plan, expert_rows
 from kernels.cpu.fused_classifier import fused_classifier
 from kernels.cpu.fused_kl import fused_kl
+from kernels.cpu.fusion_matrix import FUSIONS, fusion_init, fusion_matrix_backward, fusion_matrix_forward
 from kernels.cpu.gelu import gelu_backward, gelu_forward
 from kernels.cpu.global_norm import global_norm
 from kernels.cpu.indexer import (
@@ -51,9 +55,12 @@ from kernels.cpu.sparse_attention import (
     sparse_attention_mean,
 )
 from kernels.cpu.take_columns import take_columns
+from kernels.cpu.torus_attention import torus_attention_backward, torus_attention_forward
+from kernels.cpu.torus_rope import torus_frequencies, torus_rope_backward, torus_rope_forward
 from kernels.cpu.upstream_controller import upstream_controller, upstream_controller_init, upstream_controller_shapes
 
 __all__ = [
+    "FUSIONS",
     "adamw_update",
     "attention_backward",
     "attention_forward",
@@ -67,6 +74,8 @@ __all__ = [
     "band_matmul_forward",
     "column_sum",
     "copy_in",
+    "depth_fusion_backward",
+    "depth_fusion_forward",
     "describe",
     "encoder_backward",
     "encoder_forward",
@@ -81,6 +90,9 @@ __all__ = [
     "fused_classifier",
     "fused_kl",
     "fused_residual_forward",
+    "fusion_init",
+    "fusion_matrix_backward",
+    "fusion_matrix_forward",
     "gelu_backward",
     "gelu_forward",
     "global_norm",
@@ -97,6 +109,7 @@ __all__ = [
     "mass_count",
     "matmul_backward",
     "matmul_forward",
+    "memory_used",
     "mla_absorb",
     "mla_expand",
     "mla_latent",
@@ -124,6 +137,11 @@ __all__ = [
     "to_device",
     "to_host",
     "to_host_later",
+    "torus_attention_backward",
+    "torus_attention_forward",
+    "torus_frequencies",
+    "torus_rope_backward",
+    "torus_rope_forward",
     "upstream_controller",
     "upstream_controller_init",
     "upstream_controller_shapes",
@@ -136,6 +154,16 @@ tf32 = False  # products never round their operands
 def describe() -> str:
     """What the parameter table shows as the device."""
     return f"CPU, NumPy {np.__version__}, {num_threads()} threads"
+
+
+def memory_used() -> int:
+    """Bytes that this process holds of the machine's memory."""
+    if os.path.exists("/proc/self/statm"):
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def zeros(shape, dtype=np.float32) -> np.ndarray:

@@ -32,11 +32,13 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, beta=0):
     """dinp (N,C) = ..., dweight (OC,C) = beta * dweight + ..., dbias (OC) += ... from dout (N,OC), inp (N,C).
 
     beta is BLAS's, 0 or 1: with 0 the gradient is written, which saves clearing it and reading it back.
-    dinp (not wanted) and dbias may be None, dinp may not alias dout.
+    What is not wanted may be None; dinp may not alias dout.
     """
     if dinp is not None:
         np.matmul(dout, weight, out=dinp)
-    if beta:
+    if dweight is None:
+        pass
+    elif beta:
         for start in range(0, len(dweight), ROWS):
             rows = dweight[start : start + ROWS]
             product = scratch("matmul_dweight", rows.shape, rows.dtype)

@@ -8,13 +8,16 @@ from types import SimpleNamespace
 
 from kernels.cpu.band_mask import band_count, band_fan_in
 from kernels.cpu.expert_plan import expert_rows
+from kernels.cpu.fusion_matrix import FUSIONS, fusion_init
 from kernels.cpu.keep_controller import keep_controller_init
+from kernels.cpu.torus_rope import torus_frequencies
 from kernels.cpu.upstream_controller import upstream_controller_init, upstream_controller_shapes
 from kernels.cuda.adamw import adamw_update, band_adamw_update
 from kernels.cuda.attention import attention_backward, attention_forward
 from kernels.cuda.band_mask import band_mask
 from kernels.cuda.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cuda.column_sum import column_sum
+from kernels.cuda.depth_fusion import depth_fusion_backward, depth_fusion_forward
 from kernels.cuda.encoder import encoder_backward, encoder_forward
 from kernels.cuda.expert_gather import (
     expert_combine_backward,
@@ -26,6 +29,7 @@ from kernels.cuda.expert_matmul import expert_matmul_backward, expert_matmul_for
 from kernels.cuda.expert_plan import expert_plan
 from kernels.cuda.fused_classifier import fused_classifier
 from kernels.cuda.fused_kl import fused_kl
+from kernels.cuda.fusion_matrix import fusion_matrix_backward, fusion_matrix_forward
 from kernels.cuda.gelu import gelu_backward, gelu_forward
 from kernels.cuda.global_norm import global_norm
 from kernels.cuda.indexer import (
@@ -56,6 +60,8 @@ from kernels.cuda.sparse_attention import (
     sparse_attention_mean,
 )
 from kernels.cuda.take_columns import take_columns
+from kernels.cuda.torus_attention import torus_attention_backward, torus_attention_forward
+from kernels.cuda.torus_rope import torus_rope_backward, torus_rope_forward
 from kernels.cuda.upstream_controller import upstream_controller
 
 OPS = (
@@ -69,6 +75,8 @@ OPS = (
     band_matmul_backward,
     band_matmul_forward,
     column_sum,
+    depth_fusion_backward,
+    depth_fusion_forward,
     encoder_backward,
     encoder_forward,
     expert_combine_backward,
@@ -81,6 +89,8 @@ OPS = (
     fused_classifier,
     fused_kl,
     fused_residual_forward,
+    fusion_matrix_backward,
+    fusion_matrix_forward,
     gelu_backward,
     gelu_forward,
     global_norm,
@@ -118,6 +128,10 @@ OPS = (
     sparse_attention_forward,
     sparse_attention_mean,
     take_columns,
+    torus_attention_backward,
+    torus_attention_forward,
+    torus_rope_backward,
+    torus_rope_forward,
     upstream_controller,
 )
 MEMORY = ("zeros", "to_device", "copy_in", "to_host", "to_host_later", "synchronize")
@@ -130,6 +144,9 @@ def device(runtime) -> SimpleNamespace:
         used, total = runtime.memory()
         return f"{runtime.name}, {used >> 20} of {total >> 20} MiB used"
 
+    def memory_used() -> int:
+        return runtime.memory()[0]
+
     ops = {op.__name__: partial(op, runtime) for op in OPS}
     memory = {name: getattr(runtime, name) for name in MEMORY}
     # plain arithmetic, the same for every device
@@ -139,4 +156,7 @@ def device(runtime) -> SimpleNamespace:
         upstream_controller_init=upstream_controller_init,
         upstream_controller_shapes=upstream_controller_shapes,
     )  # on the host, too
-    return SimpleNamespace(**ops, **memory, **counts, **controllers, describe=describe, tf32=runtime.tf32)
+    fusions = dict(FUSIONS=FUSIONS, fusion_init=fusion_init)
+    torus = dict(torus_frequencies=torus_frequencies)
+    own = dict(describe=describe, memory_used=memory_used, tf32=runtime.tf32)
+    return SimpleNamespace(**ops, **memory, **counts, **controllers, **fusions, **torus, **own)

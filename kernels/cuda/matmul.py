@@ -23,7 +23,8 @@ def matmul_backward(cuda, dinp, dweight, dbias, dout, inp, weight, beta=0):
     """As kernels.cpu.matmul.matmul_backward."""
     if dinp is not None:
         cuda.gemm(dinp, dout, weight)
-    cuda.gemm(dweight, dout, inp, transa=True, beta=beta)
+    if dweight is not None:
+        cuda.gemm(dweight, dout, inp, transa=True, beta=beta)
     if dbias is not None:
         column_sum(cuda, dbias, dout)
 

@@ -140,6 +140,22 @@ ROWS_OF_TABLE = [
     Row("expert_matmul_dweight_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C*(1/128 + 1/64) + E*4*C*C", "2*A*4*C*C"),
     Row("residual_forward_kernel", "0", "3*N*C", "", "N*C"),
     Row("take_columns_kernel", "0", "2*N*4*C + 4*C", "", "0"),
+    Row("depth_fusion_kernel", "0", "2*N*C + Dp*Dp", "2*N*C + 512*Dp*Dp", "2*N*C*Dp"),
+    Row("depth_fusion_backward_kernel", "0", "3*N*C + 2*Dp*Dp", "3*N*C + 1024*Dp*Dp", "4*N*C*Dp"),
+    Row("fusion_matrix_forward_kernel", "0", "3*Dp*Dp", "", "2*Dp*Dp*Dp + 6*Dp*Dp"),
+    Row("fusion_matrix_backward_kernel", "0", "8*Dp*Dp", "", "4*Dp*Dp*Dp + 6*Dp*Dp"),
+    Row("torus_rope_kernel", "0", "4*N*C + C/NH", "", "6*N*C"),
+    # platters of 16, 32 and 64 columns: a head of 64 in 4, 2 and 1
+    Row("torus_attention_forward_16_kernel", "0", "4*N*C + 4*N*NH", "N*C*(T/16 + 3) + 4*N*NH", "8*N*C*(T + 1)"),
+    Row("torus_attention_dkdv_16_kernel", "0", "6*N*C + 8*N*NH", "N*C*(T/16 + 5) + 8*N*NH", "16*N*C*(T + 1)"),
+    Row("torus_attention_dq_16_kernel", "0", "5*N*C + 8*N*NH", "N*C*(T/16 + 4) + 8*N*NH", "12*N*C*(T + 1)"),
+    Row("torus_attention_forward_32_kernel", "0", "4*N*C + 2*N*NH", "N*C*(T/32 + 3) + 2*N*NH", "4*N*C*(T + 1)"),
+    Row("torus_attention_dkdv_32_kernel", "0", "6*N*C + 4*N*NH", "N*C*(T/32 + 5) + 4*N*NH", "8*N*C*(T + 1)"),
+    Row("torus_attention_dq_32_kernel", "0", "5*N*C + 4*N*NH", "N*C*(T/32 + 4) + 4*N*NH", "6*N*C*(T + 1)"),
+    Row("torus_attention_forward_64_kernel", "0", "4*N*C + N*NH", "N*C*(T/64 + 3) + N*NH", "2*N*C*(T + 1)"),
+    Row("torus_attention_dkdv_64_kernel", "0", "6*N*C + 2*N*NH", "N*C*(T/64 + 5) + 2*N*NH", "4*N*C*(T + 1)"),
+    Row("torus_attention_dq_64_kernel", "0", "5*N*C + 2*N*NH", "N*C*(T/64 + 4) + 2*N*NH", "3*N*C*(T + 1)"),
+    Row("torus_attention_weights_kernel", "0", "2*N*NH/64 + 4*NH", "", "2*N*NH/64"),
     Row("prefix_sums_kernel", "0", "N*C + 4*B*C", "N*C*(1 + 3/32) + 4*B*C", "15*N*C"),
     Row("prefix_features_kernel", "0", "N*C*3/32 + 4*N", "", "N*C*3/32 + 8*N"),
     Row("keep_controller_forward_kernel", "0", "23*N", "", "220*N"),
@@ -182,6 +198,7 @@ def sizes(
     names["k"] = 128  # keys in a list of sparse attention
     names |= dict(HI=4, dI=64)  # the indexer's heads and their size
     names |= dict(E=4, A=2 * B * T)  # experts, and assignments of tokens to them, two each
+    names["Dp"] = 4  # platters of a head
     names["A1"] = covered(4 * C, C, w, COLUMNS)
     names["A2"] = covered(C, 4 * C, w, COLUMNS)
     names["A3"] = covered(4 * C, C, w, ROWS, COLUMNS)
