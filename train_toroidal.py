@@ -588,10 +588,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_memory(model: GPT2, measured: int):
-    """What the first forward passes took, beside what was expected; with --recompute also what they would without."""
+    """What is expected of forward passes, with --recompute also without; and what they took, if any has been run."""
     predicted, without = (model.activation_bytes(recompute) >> 20 for recompute in (model.recompute, False))
     saved = f" ({without} without --recompute)" if model.recompute else ""
-    print(f"activations: {predicted} MiB predicted{saved}, memory grew by {measured >> 20} MiB")
+    grew = f", memory grew by {measured >> 20} MiB" if model.layers else ""
+    print(f"activations: {predicted} MiB predicted{saved}{grew}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def platters(x, NH, D, depth_major=0):
 
 
 def depth_fusion_forward(out, inp, omega, NH, depth_major=0):
-    """out (N,C) from inp (N,C), omega (D,D); depth_major = 1 writes out as [k'][h][m]. D = 1 scales by omega[0,0]."""
+    """out (N,C) from inp (N,C), omega (D,D); depth_major = 1 writes out as [k'][h][m]. out may not be inp."""
     D = len(omega)
     _mix(platters(out, NH, D, depth_major), platters(inp, NH, D), omega.T)
 

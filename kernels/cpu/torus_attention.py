@@ -1,4 +1,4 @@
-"""Toroidal attention: the platters of a token attend to the platters of all tokens it sees, nearer ones on a torus more.
+"""Toroidal attention: the platters of a token attend to the platters of all tokens it sees, by distance on a torus.
 
 A head's columns are cut into D platters of hd: column h*dk + k*hd + m belongs to platter k of head h, in q, k, v, out.
 A token thus becomes D sub-tokens (i,k), and one softmax runs over all sub-tokens (j,l) that (i,k) sees:

@@ -1,12 +1,12 @@
 // torus_attention.cu: attention among the platters of tokens on a torus; formulas in kernels/cpu/torus_attention.py
 //
-// qkv (B,T,3C): in row (b,t), platter k of the q, k and v of head h starts at columns (h*D + k)*hd of each third. Rows of
-// a tile are sub-tokens i*D + k of a head, whatever D. out (B*(T-start),C), lse (B,NH,T-start,D). hd from 1 to 128;
-// tiles are HS = 16, 32, 64 or 128 wide, padded with zeros: a head of 64 has these at D = 4, 2 and 1.
+// qkv (B,T,3C): in row (b,t), platter k of the q, k and v of head h starts at column (h*D + k)*hd of each third. A row
+// of a tile is a sub-token i*D + k of a head, whatever D. out (B*(T-start),C), lse (B,NH,T-start,D). hd from 1 to 128;
+// tiles are HS = 16, 32, 64 or 128 wide, padded with zeros: the first three are a head of 64 at D = 4, 2 and 1.
 //
-// The tiles are those of attention.cu: forward, a block takes 64 queries and meets the keys that they see, 64 at a time
-// (32 and 32 if HS is 128), with an online softmax; backward, one pass for dk and dv, one for dq, scores again from lse.
-// What is new:
+// The tiles are those of attention.cu: forward, a block takes 64 queries (32 if HS is 128) and meets the keys that they
+// see, 64 at a time (32 if HS is 16 or 128), with an online softmax; backward, one pass for dk and dv and one for dq,
+// with scores again from lse. What is new:
 //   v1 a table of distances T x T and D x D      as many bytes as the scores have
 //   v2 i - j modulo P for every score            an integer division each, as long as a product of 16 columns
 //   v3 places in shared memory (this)            a sub-token's place on the ring and in depth is found once a tile, and
@@ -39,8 +39,8 @@ template <int HS> constexpr int PACKS = HS / 4 / LANES<HS>;
 
 // --- geometry --------------------------------------------------------------------------------------------------------
 
-// of a key, its token; of a query, the last token that it sees, -1 beyond the last query: with its lse of 0 a weight could
-// be infinite. and where it is on the ring and in depth
+// of a key, its token; of a query, the last token that it sees, or -1 beyond the last query: with its lse of 0 a weight
+// could be infinite. and where it is on the ring and in depth
 struct Place {
     int token;
     float ring, platter;
@@ -143,13 +143,16 @@ template <int ROWS, int HS> struct Fetched {
         for (int n = 0; n < ROWS / STEP; n++) {
             const int row = first + threadIdx.x / (HS / 4) + n * STEP;
             x[n] = zeros<4>();
-            if (row < limit) { x[n] = load_columns(head + (size_t)(row / D) * stride + row % D * hd, column, hd, packed); }
+            if (row >= limit) { continue; }
+            x[n] = load_columns(head + (size_t)(row / D) * stride + row % D * hd, column, hd, packed);
         }
     }
 
     __device__ __forceinline__ void put(Row<HS>* tile) const {
 #pragma unroll
-        for (int n = 0; n < ROWS / STEP; n++) { tile[threadIdx.x / (HS / 4) + n * STEP][threadIdx.x % (HS / 4)] = x[n]; }
+        for (int n = 0; n < ROWS / STEP; n++) {
+            tile[threadIdx.x / (HS / 4) + n * STEP][threadIdx.x % (HS / 4)] = x[n];
+        }
     }
 };
 
@@ -163,16 +166,16 @@ __device__ __forceinline__ void dot_rows(float (&products)[R][N], const Row<HS>*
     }
 #pragma unroll 1
     for (int c = 0; c < (hd + 3) / 4; c++) {
-        Pack<4> row[R];
+        Pack<4> column[N];
 #pragma unroll
-        for (int i = 0; i < R; i++) { row[i] = rows[i * ROW_STEP][c]; }
+        for (int j = 0; j < N; j++) { column[j] = columns[j * COLUMN_STEP][c]; }
 #pragma unroll
-        for (int j = 0; j < N; j++) {
-            const Pack<4> column = columns[j * COLUMN_STEP][c];
+        for (int i = 0; i < R; i++) {
+            const Pack<4> row = rows[i * ROW_STEP][c];
 #pragma unroll
-            for (int i = 0; i < R; i++) {
+            for (int j = 0; j < N; j++) {
 #pragma unroll
-                for (int m = 0; m < 4; m++) { products[i][j] += row[i].at[m] * column.at[m]; }
+                for (int m = 0; m < 4; m++) { products[i][j] += row.at[m] * column[j].at[m]; }
             }
         }
     }
@@ -266,7 +269,7 @@ __device__ __forceinline__ void online_softmax(float (&p)[R][N], float (&top)[R]
     }
 }
 
-// a warp owns a quarter of the queries, and LANES lanes every GROUPS-th of these: the scores, weights and sums of a query
+// a warp owns a quarter of the queries, and LANES lanes every GROUPS-th of these: scores, weights and sums of a query
 // stay with these lanes, so handing weights over, from keys to columns, needs no barrier of the block
 template <int HS, int QUERIES, int KEYS>
 __device__ __forceinline__ void forward_tile(float* out, float* lse, const float* qkv, const float* a_s,
@@ -376,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(128)
 torus_attention_forward_16_kernel(float* __restrict__ out, float* __restrict__ lse, const float* __restrict__ qkv,
                                   const float* __restrict__ a_s, const float* __restrict__ a_d, int T, int NH, int D,
                                   int hd, int P, int window, int wrap_depth, int causal, int start) {
-    FORWARD_KERNEL(16, 64, 64);
+    FORWARD_KERNEL(16, 64, 32);
 }
 
 extern "C" __global__ void __launch_bounds__(128)
