@@ -770,16 +770,9 @@ def main(argv: list[str] | None = None) -> int:
     log.close()
 
     if not last_step:
-        saved = args.checkpoint and (step > start or args.checkpoint == args.resume)
-        how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
-        if saved:
-            how = f"go on with: {options.command('train_sparse_attn.py', '--resume', args.checkpoint)}"
-        print(f"stopped after {step} steps; {how}")
+        loop.print_stopped("train_sparse_attn.py", args, step, start)
         return interrupt.exit_code
-    print(f"total average iteration time: {seconds / (steps - start) * 1000:f} ms")
-    print(f"device: {device.describe()}")
-    if args.checkpoint:
-        print(f"text from it: {options.command('generate.py', '-e', args.checkpoint)}")
+    loop.print_finished(args, device, step - start, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

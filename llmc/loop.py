@@ -13,7 +13,7 @@ import numpy as np
 from llmc.checkpoint import Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
-from llmc.options import saved_options
+from llmc.options import command, saved_options
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
@@ -61,3 +61,19 @@ def save(args: Namespace, file: Model, m: np.ndarray, v: np.ndarray, loader: Dat
     save_checkpoint(args.checkpoint, file, state)
     megabytes = os.path.getsize(args.checkpoint) / 2**20
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
+
+
+def print_stopped(script: str, args: Namespace, step: int, start: int) -> None:
+    """The last line of a run from step `start` that a signal ended after `step`: what was saved, how to go on."""
+    how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
+    if args.checkpoint and (step > start or args.checkpoint == args.resume):
+        how = f"go on with: {command(script, '--resume', args.checkpoint)}"
+    print(f"stopped after {step} steps; {how}")
+
+
+def print_finished(args: Namespace, device, steps: int, seconds: float) -> None:
+    """The last lines of a run of `steps` steps in so many seconds."""
+    print(f"total average iteration time: {seconds / max(1, steps) * 1000:f} ms")
+    print(f"device: {device.describe()}")
+    if args.checkpoint and steps:
+        print(f"text from it: {command('generate.py', '-e', args.checkpoint)}")

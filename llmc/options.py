@@ -45,7 +45,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--tokenizer", help="tokenizer file for the samples (default: the model's, here or beside it)")
     add("--resume", metavar="CHECKPOINT", help="go on from this checkpoint with its settings; flags typed win")
     add = parser.add_argument_group("workload").add_argument
-    add("-n", "--steps", type=any_int, default=-1, help="optimizer steps in all, 0 or less: one epoch")
+    add("-n", "--steps", type=any_int, default=-1, help="optimizer steps in all, -1: one epoch")
     add("-b", "--batch-size", type=positive_int, default=4, help="rows B of a batch")
     add("-t", "--seq-len", type=positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
     add("--grad-accum", type=positive_int, default=1, help="batches in a step")
