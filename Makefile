@@ -97,8 +97,9 @@ kernels: $(VENV)/test-ready  ## compile the CUDA kernels for all GPUs, without o
 roofline: setup  ## bounds of every CUDA kernel on three GPUs, written into kernels/cuda/README.md
 	$(PY) -m kernels.cuda.roofline
 
-bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed
+bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed; from which k on sparse attention gathers
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/step_time.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/sparse_attention.py --channels 128 --lengths 256,1024 --repeats 3
 
 bench_band: setup  ## the products of banded MLPs against dense ones, written to benchmarks/RESULTS.md
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/band_products.py

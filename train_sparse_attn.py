@@ -100,7 +100,7 @@ def arguments() -> ArgumentParser:
         "--indexer-warmup", type=natural, default=0, help="first steps, in which attention is dense and it learns alone"
     )
     add("--indexer-lr", type=positive_float, default=5e-3, help="its learning rate in the warm-up")
-    add("--indexer-lr-sparse", type=positive_float, default=5e-4, help="and after it")
+    add("--indexer-lr-sparse", type=positive_float, default=2e-3, help="and after it")
     add("--train-indexer", type=flag01, default=True, help="0: leave it as it is")
     add = parser.add_argument_group("DeepSeek-style models").add_argument
     add("--mla", type=flag01, default=None, help="1: the -e file must have latent attention, 0: must not")
