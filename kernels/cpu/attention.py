@@ -41,14 +41,50 @@ def split(qkv, NH):
     return qkv.reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
 
 
-def _causal_scores(q, k, first, scale):
-    """q (B,n,t,hs) at positions first.., k (B,n,first+t,hs) -> scaled scores (B,n,t,first+t), -inf for the future."""
-    B, n, t, _ = q.shape
-    s = scratch("attention_scores", (B, n, t, first + t), q.dtype)
+def scaled_scores(q, k, scale):
+    """q (B,n,t,hs), k (B,n,keys,hs) -> scale q . k (B,n,t,keys), in scratch"""
+    s = scratch("attention_scores", (*q.shape[:3], k.shape[2]), q.dtype)
     np.matmul(q, k.swapaxes(2, 3), out=s)
     s *= scale
+    return s
+
+
+def causal_scores(q, k, first, scale):
+    """q (B,n,t,hs) at positions first.., k (B,n,first+t,hs) -> scaled scores (B,n,t,first+t), -inf for the future."""
+    s = scaled_scores(q, k, scale)
+    t = s.shape[2]
     s[..., first:] += FUTURE[:t, :t]
     return s
+
+
+def attend(out, lse, s, v):
+    """out (B,n,t,hs), lse (B,n,t) from scores s (B,n,t,keys) and v (B,n,keys,hs); overwrites s."""
+    top = s.max(axis=3)
+    s -= top[..., None]
+    np.exp(s, out=s)
+    total = s.sum(axis=3)
+    np.matmul(s, v, out=out)
+    out /= total[..., None]
+    lse[...] = top + np.log(total)
+
+
+def attend_backward(grads, inputs, do, o, lse, s, scale, write):
+    """grads dq (B,n,t,hs) = ..., dk, dv (B,n,keys,hs) = ... if `write`, else += ..., for inputs q, k, v likewise.
+
+    do, o (B,n,t,hs), lse (B,n,t), scores s (B,n,t,keys); overwrites s.
+    """
+    dq, dk, dv = grads
+    q, k, v = inputs
+    s -= lse[..., None]
+    a = np.exp(s, out=s)
+    ds = scratch("attention_dscores", a.shape, a.dtype)
+    np.matmul(do, v.swapaxes(2, 3), out=ds)
+    ds -= np.einsum("bhtc,bhtc->bht", do, o)[..., None]
+    ds *= a
+    ds *= scale
+    np.matmul(ds, k, out=dq)
+    add_product(dk, ds.swapaxes(2, 3), q, write)
+    add_product(dv, a.swapaxes(2, 3), do, write)
 
 
 def attention_forward(out, lse, qkv, NH, start=0):
@@ -63,14 +99,8 @@ def attention_forward(out, lse, qkv, NH, start=0):
             end = min(first + QUERIES, T)
             rows = slice(first - start, end - start)
             for h in head_groups(stop - begin, NH, end - first, end):
-                s = _causal_scores(q[:, h, first:end], k[:, h, :end], first, scale)
-                top = s.max(axis=3)  # (B,n,t)
-                s -= top[..., None]
-                np.exp(s, out=s)
-                total = s.sum(axis=3)
-                np.matmul(s, v[:, h, :end], out=o[:, h, rows])
-                o[:, h, rows] /= total[..., None]
-                log_sums[:, h, rows] = top + np.log(total)
+                s = causal_scores(q[:, h, first:end], k[:, h, :end], first, scale)
+                attend(o[:, h, rows], log_sums[:, h, rows], s, v[:, h, :end])
 
     for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
 
@@ -94,17 +124,11 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
             end = min(first + QUERIES, T)
             rows = slice(first, end)
             for h in head_groups(stop - begin, NH, end - first, end):
-                a = _causal_scores(q[:, h, rows], k[:, h, :end], first, scale)
-                a -= lse[begin:stop, h, rows, None]
-                np.exp(a, out=a)
-                ds = scratch("attention_dscores", a.shape, a.dtype)
-                np.matmul(do[:, h, rows], v[:, h, :end].swapaxes(2, 3), out=ds)
-                ds -= np.einsum("bhtc,bhtc->bht", do[:, h, rows], o[:, h, rows])[..., None]
-                ds *= a
-                ds *= scale
-                np.matmul(ds, k[:, h, :end], out=dq[:, h, rows])
-                add_product(dk[:, h, :end], ds.swapaxes(2, 3), q[:, h, rows], end == T)
-                add_product(dv[:, h, :end], a.swapaxes(2, 3), do[:, h, rows], end == T)
+                s = causal_scores(q[:, h, rows], k[:, h, :end], first, scale)
+                grads = dq[:, h, rows], dk[:, h, :end], dv[:, h, :end]
+                inputs = q[:, h, rows], k[:, h, :end], v[:, h, :end]
+                log_sums = lse[begin:stop, h, rows]
+                attend_backward(grads, inputs, do[:, h, rows], o[:, h, rows], log_sums, s, scale, end == T)
 
     for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
 

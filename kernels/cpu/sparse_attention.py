@@ -13,7 +13,17 @@ from math import sqrt
 
 import numpy as np
 
-from kernels.cpu.attention import FUTURE, QUERIES, add_product, head_groups, heads, rows_at_once, split
+from kernels.cpu.attention import (
+    QUERIES,
+    attend,
+    attend_backward,
+    causal_scores,
+    head_groups,
+    heads,
+    rows_at_once,
+    scaled_scores,
+    split,
+)
 from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
 
 # which form is faster, measured on one core (AVX-512) for T from 64 to 4096, C from 64 to 768, hs 16 to 64. for a key,
@@ -62,8 +72,7 @@ def attention_mean(p, qkv, lse, NH, first, start=0):
             mean = p[begin:stop, rows]
             mean[...] = 0
             for h in head_groups(stop - begin, NH, end - now, end):
-                s = _scores(q[:, h, now:end], k[:, h, :end], scale)
-                s[..., now:] += FUTURE[: end - now, : end - now]
+                s = causal_scores(q[:, h, now:end], k[:, h, :end], now, scale)
                 s -= lse[begin:stop, h, now - start : end - start, None]
                 np.exp(s, out=s)
                 mean[..., :end] += _head_sum(s)
@@ -90,14 +99,6 @@ def _gathers(qkv, index, NH, backward=False):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # masked
-
-
-def _scores(q, k, scale):
-    """q (B,n,t,hs), k (B,n,keys,hs) -> scaled scores (B,n,t,keys)"""
-    s = scratch("attention_scores", (*q.shape[:3], k.shape[2]), q.dtype)
-    np.matmul(q, k.swapaxes(2, 3), out=s)
-    s *= scale
-    return s
 
 
 def _head_sum(s):
@@ -134,15 +135,9 @@ def _masked_forward(out, lse, qkv, index, NH, start=0):
             mask = _mask(index[begin:stop, rows], end, qkv.dtype)
             keys = mask.shape[2]
             for h in head_groups(stop - begin, NH, end - first, keys):
-                s = _scores(q[:, h, first:end], k[:, h, :keys], scale)
+                s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
                 s += mask[:, None]
-                top = s.max(axis=3)  # (B,n,t)
-                s -= top[..., None]
-                np.exp(s, out=s)
-                total = s.sum(axis=3)
-                np.matmul(s, v[:, h, :keys], out=o[:, h, rows])
-                o[:, h, rows] /= total[..., None]
-                log_sums[:, h, rows] = top + np.log(total)
+                attend(o[:, h, rows], log_sums[:, h, rows], s, v[:, h, :keys])
 
     for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
 
@@ -161,18 +156,12 @@ def _masked_backward(dqkv, dout, qkv, out, lse, index, NH):
             mask = _mask(index[begin:stop, rows], end, qkv.dtype)
             keys = mask.shape[2]
             for h in head_groups(stop - begin, NH, end - first, keys):
-                a = _scores(q[:, h, rows], k[:, h, :keys], scale)
-                a += mask[:, None]
-                a -= lse[begin:stop, h, rows, None]
-                np.exp(a, out=a)
-                ds = scratch("attention_dscores", a.shape, a.dtype)
-                np.matmul(do[:, h, rows], v[:, h, :keys].swapaxes(2, 3), out=ds)
-                ds -= np.einsum("bhtc,bhtc->bht", do[:, h, rows], o[:, h, rows])[..., None]
-                ds *= a
-                ds *= scale
-                np.matmul(ds, k[:, h, :keys], out=dq[:, h, rows])
-                add_product(dk[:, h, :keys], ds.swapaxes(2, 3), q[:, h, rows], end == T)
-                add_product(dv[:, h, :keys], a.swapaxes(2, 3), do[:, h, rows], end == T)
+                s = scaled_scores(q[:, h, rows], k[:, h, :keys], scale)
+                s += mask[:, None]
+                grads = dq[:, h, rows], dk[:, h, :keys], dv[:, h, :keys]
+                inputs = q[:, h, rows], k[:, h, :keys], v[:, h, :keys]
+                log_sums = lse[begin:stop, h, rows]
+                attend_backward(grads, inputs, do[:, h, rows], o[:, h, rows], log_sums, s, scale, end == T)
 
     for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
 
@@ -191,7 +180,7 @@ def _masked_mean(p, qkv, lse, index, NH):
             total = scratch("sparse_attention_mean", (stop - begin, end - first, keys), qkv.dtype)
             total.fill(0)
             for h in head_groups(stop - begin, NH, end - first, keys):
-                s = _scores(q[:, h, first:end], k[:, h, :keys], scale)
+                s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
                 s += mask[:, None]
                 s -= lse[begin:stop, h, first:end, None]
                 np.exp(s, out=s)

@@ -24,209 +24,46 @@
 // Tiles above the diagonal are skipped. In a tile on the diagonal scores of the future are replaced, and products leave
 // out weights of 0: with 0 * v a NaN would come through. Sums have a fixed order everywhere.
 
-#define TILE_THREADS 128           // of a block with tiles: 4 warps, each with its own quarter of the rows
-#define TILE_WARPS (TILE_THREADS / WARP)
-#define ROW_LANES 16               // lanes that share the columns of a row of sums: 4 or 8 for each
-#define ROW_GROUPS (WARP / ROW_LANES)
-#define LOG2E 1.4426950408889634f  // exponentials are powers of 2: what the hardware has
-#define LN2 0.6931471805599453f
-
-// a row of a tile in shared memory: a pack too long, so that the same column of 8 rows lies in different banks
-template <int WIDTH> using Row = Pack<4>[WIDTH / 4 + 1];
-
-// row[column..column+3] of global memory, 0 from column hs on. packed: hs % 4 == 0, rows start at multiples of 16 bytes
-__device__ __forceinline__ Pack<4> load_columns(const float* row, int column, int hs, bool packed) {
-    if (packed && column < hs) { return load<4>(row + column, 0); }
-    Pack<4> x = zeros<4>();
-    if (!packed) {
+// rows of a head on their way to a tile; from `limit` on they become 0 and are not read
+template <int ROWS, int HS>
+__device__ __forceinline__ void fetch(Fetched<ROWS, HS>& to, const float* rows, int stride, int limit, int hs,
+                                      bool packed) {
+    constexpr int PACKS = Fetched<ROWS, HS>::PACKS, STEP = Fetched<ROWS, HS>::STEP;
+    const int first = threadIdx.x / PACKS, column = threadIdx.x % PACKS * 4;
+    rows += first * stride;
+    if (packed) {  // asked here, not for every row: the loads follow each other without a branch
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (column + j < hs) { x.at[j] = row[column + j]; }
+        for (int n = 0; n < ROWS / STEP; n++) {
+            to.x[n] = zeros<4>();
+            if (first + n * STEP < limit && column < hs) { to.x[n] = load<4>(rows + n * STEP * stride + column, 0); }
         }
-    }
-    return x;
-}
-
-__device__ __forceinline__ void store_columns(float* row, int column, int hs, bool packed, Pack<4> x) {
-    if (packed && column < hs) { store<4>(row + column, 0, x); }
-    if (!packed) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (column + j < hs) { row[column + j] = x.at[j]; }
-        }
-    }
-}
-
-__device__ __forceinline__ void add_product(float& total, Pack<4> a, Pack<4> b) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) { total += a.at[j] * b.at[j]; }
-}
-
-__device__ __forceinline__ void add_product(Pack<4>& total, float weight, Pack<4> x) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) { total.at[j] += weight * x.at[j]; }
-}
-
-__device__ __forceinline__ Pack<4> times(float weight, Pack<4> x) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) { x.at[j] *= weight; }
-    return x;
-}
-
-// ROWS rows of a head on their way from global to shared memory: what is fetched can arrive during other work
-template <int ROWS, int HS> struct Fetched {
-    static constexpr int PACKS = HS / 4;               // of a row
-    static constexpr int STEP = TILE_THREADS / PACKS;  // rows that the block takes at a time
-    Pack<4> x[ROWS / STEP];
-
-    // rows from `limit` on become 0 and are not read
-    __device__ __forceinline__ void fetch(const float* rows, int stride, int limit, int hs, bool packed) {
-        const int first = threadIdx.x / PACKS, column = threadIdx.x % PACKS * 4;
-        rows += first * stride;
-        if (packed) {  // asked here, not for every row: the loads follow each other without a branch
-#pragma unroll
-            for (int n = 0; n < ROWS / STEP; n++) {
-                x[n] = zeros<4>();
-                if (first + n * STEP < limit && column < hs) { x[n] = load<4>(rows + n * STEP * stride + column, 0); }
-            }
-        } else {
-#pragma unroll
-            for (int n = 0; n < ROWS / STEP; n++) {
-                x[n] = zeros<4>();
-                if (first + n * STEP < limit) { x[n] = load_columns(rows + n * STEP * stride, column, hs, false); }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void put(Row<HS>* tile) const {
-#pragma unroll
-        for (int n = 0; n < ROWS / STEP; n++) { tile[threadIdx.x / PACKS + n * STEP][threadIdx.x % PACKS] = x[n]; }
-    }
-};
-
-// products[i][j] = rows[i * ROW_STEP] . columns[j * COLUMN_STEP]
-template <int HS, int ROW_STEP, int COLUMN_STEP, int R, int N>
-__device__ __forceinline__ void dot_rows(float (&products)[R][N], const Row<HS>* rows, const Row<HS>* columns, int hs) {
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int j = 0; j < N; j++) { products[i][j] = 0.0f; }
-    }
-#pragma unroll 1
-    for (int c = 0; c < (hs + 3) / 4; c++) {
-        Pack<4> column[N];
-#pragma unroll
-        for (int j = 0; j < N; j++) { column[j] = columns[j * COLUMN_STEP][c]; }
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-            const Pack<4> row = rows[i * ROW_STEP][c];
-#pragma unroll
-            for (int j = 0; j < N; j++) { add_product(products[i][j], row, column[j]); }
-        }
-    }
-}
-
-// weights[lane + LANES * j][slot..slot+R-1] = p[0..R-1][first + j] for j < COUNT; slot counts floats
-template <int COUNT, int LANES, int ROWS, int R, int N>
-__device__ __forceinline__ void hand_over(Row<ROWS>* weights, int slot, int lane, const float (&p)[R][N], int first) {
-    constexpr int W = R < 4 ? R : 4;
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-#pragma unroll
-        for (int i = 0; i < R; i += W) {
-            Pack<W> values;
-#pragma unroll
-            for (int k = 0; k < W; k++) { values.at[k] = p[i + k][first + j]; }
-            store<W>((float*)weights[lane + LANES * j], (slot + i) / W, values);
-        }
-    }
-}
-
-// sums[i][c] += sum_n weights[n][slot + i] * values[n][4 column + 64c ..]. SKIP leaves out weights of 0, whatever their
-// values
-template <bool SKIP, int COUNT, int ROWS, int HS, int R>
-__device__ __forceinline__ void add_weighted(Pack<4> (&sums)[R][HS / 64], const Row<ROWS>* weights, int slot,
-                                             const Row<HS>* values, int column) {
-#pragma unroll (SKIP ? 1 : 2)
-    for (int n = 0; n < COUNT; n++) {
-        Pack<4> weight[R / 4];
-#pragma unroll
-        for (int i = 0; i < R / 4; i++) { weight[i] = weights[n][slot / 4 + i]; }
-#pragma unroll
-        for (int c = 0; c < HS / 64; c++) {
-            const Pack<4> value = values[n][column + c * 16];
-#pragma unroll
-            for (int i = 0; i < R; i++) {
-                const float w = weight[i / 4].at[i % 4];
-                if (!SKIP || w != 0.0f) { add_product(sums[i][c], w, value); }
-            }
-        }
-    }
-}
-
-template <int COUNT, int ROWS, int HS, int R>
-__device__ __forceinline__ void add_weighted(Pack<4> (&sums)[R][HS / 64], const Row<ROWS>* weights, int slot,
-                                             const Row<HS>* values, int column, bool diagonal) {
-    if (diagonal) {
-        add_weighted<true, COUNT, ROWS, HS>(sums, weights, slot, values, column);
     } else {
-        add_weighted<false, COUNT, ROWS, HS>(sums, weights, slot, values, column);
-    }
-}
-
-template <int R, int N> __device__ __forceinline__ void clear(Pack<4> (&sums)[R][N]) {
 #pragma unroll
-    for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int c = 0; c < N; c++) { sums[i][c] = zeros<4>(); }
+        for (int n = 0; n < ROWS / STEP; n++) {
+            to.x[n] = zeros<4>();
+            if (first + n * STEP < limit) { to.x[n] = load_columns(rows + n * STEP * stride, column, hs, false); }
+        }
     }
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
-
-// scores p[i][j] of a thread's R queries -> weights 2^(scale p - top), where top is the largest of the row so far; what
-// was summed under an earlier top shrinks. total is this lane's share
-template <int R, int N, int PACKS>
-__device__ __forceinline__ void online_softmax(float (&p)[R][N], float (&top)[R], float (&total)[R],
-                                               Pack<4> (&sums)[R][PACKS], float scale) {
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        float largest = p[i][0];
-#pragma unroll
-        for (int j = 1; j < N; j++) { largest = fmaxf(largest, p[i][j]); }
-#pragma unroll
-        for (int step = ROW_LANES / 2; step > 0; step /= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, step));
-        }
-        const float before = top[i];
-        top[i] = fmaxf(before, largest * scale);  // a number from the first tile on: all queries see key 0
-        const float shrink = exp2f(before - top[i]);
-        total[i] *= shrink;
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            p[i][j] = exp2f(p[i][j] * scale - top[i]);
-            total[i] += p[i][j];
-        }
-#pragma unroll
-        for (int c = 0; c < PACKS; c++) { sums[i][c] = times(shrink, sums[i][c]); }
-    }
-}
 
 // a warp owns a quarter of the queries, and 16 lanes every second one of these: the scores, weights and sums of a query
 // stay with these lanes, so handing weights over, from keys to columns, needs no barrier of the block
 template <int HS, int QUERIES, int KEYS>
 __device__ __forceinline__ void forward_tile(float* out, float* lse, const float* qkv, int T, int NH, int hs,
                                              int start) {
-    constexpr int R = QUERIES / TILE_WARPS / ROW_GROUPS;     // queries of a thread
-    constexpr int N = KEYS / ROW_LANES;                      // keys of a thread
+    constexpr int LANES = ROW_LANES<HS>, GROUPS = ROW_GROUPS<HS>;
+    constexpr int R = QUERIES / TILE_WARPS / GROUPS;         // queries of a thread
+    constexpr int N = KEYS / LANES;                          // keys of a thread
     constexpr int PART = 2;                                  // of these at a time are handed over: less shared memory
-    __shared__ Row<HS> query_tile[QUERIES];
-    __shared__ Row<HS> tile[KEYS];                           // keys, then their values
-    __shared__ Row<QUERIES> weights[PART * ROW_LANES];       // the queries of a thread side by side
+    __shared__ TileRow<HS> query_tile[QUERIES];
+    __shared__ TileRow<HS> tile[KEYS];                       // keys, then their values
+    __shared__ TileRow<QUERIES> weights[PART * LANES];       // the queries of a thread side by side
     static_assert(R % 4 == 0 && N % PART == 0, "weights are handed over in packs, keys in whole parts");
 
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % ROW_LANES;
-    const int group = threadIdx.x % WARP / ROW_LANES;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % LANES;
+    const int group = threadIdx.x % WARP / LANES;
     const int C = NH * hs, stride = 3 * C;
     const size_t b = blockIdx.x / NH, h = blockIdx.x % NH;
     const int first = start + (gridDim.y - 1 - blockIdx.y) * QUERIES;  // blocks with most keys start first
@@ -240,12 +77,12 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
     const float* values = keys + C;
 
     Fetched<QUERIES, HS> query_rows;
-    query_rows.fetch(queries + (size_t)first * stride, stride, end - first, hs, packed);
+    fetch(query_rows, queries + (size_t)first * stride, stride, end - first, hs, packed);
     query_rows.put(query_tile);
     Fetched<KEYS, HS> fetched;
-    fetched.fetch(keys, stride, end, hs, packed);
+    fetch(fetched, keys, stride, end, hs, packed);
 
-    Pack<4> sums[R][HS / 64];
+    Pack<4> sums[R][ROW_PACKS<HS>];
     float top[R], total[R];
     clear(sums);
 #pragma unroll
@@ -257,27 +94,27 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
         float p[R][N];
         fetched.put(tile);
         __syncthreads();
-        fetched.fetch(values + (size_t)key * stride, stride, end - key, hs, packed);
-        dot_rows<HS, ROW_GROUPS, ROW_LANES>(p, query_tile + mine, tile + lane, hs);
+        fetch(fetched, values + (size_t)key * stride, stride, end - key, hs, packed);
+        dot_rows<HS, GROUPS, LANES>(p, query_tile + mine, tile + lane, hs);
 #pragma unroll
         for (int i = 0; i < R && diagonal; i++) {
 #pragma unroll
             for (int j = 0; j < N; j++) {
-                if (key + lane + ROW_LANES * j > first + mine + ROW_GROUPS * i) { p[i][j] = MINUS_INFINITY; }
+                if (key + lane + LANES * j > first + mine + GROUPS * i) { p[i][j] = MINUS_INFINITY; }
             }
         }
-        online_softmax(p, top, total, sums, scale);
+        online_softmax<LANES, false>(p, top, total, sums, scale);  // all queries see key 0
         __syncthreads();  // every warp is done with the keys
         fetched.put(tile);
         __syncthreads();
 #pragma unroll
         for (int part = 0; part < N; part += PART) {
-            hand_over<PART, ROW_LANES, QUERIES>(weights, slot, lane, p, part);
+            hand_over<PART, LANES, QUERIES>(weights, slot, lane, p, part);
             __syncwarp();
             if (part + PART == N) {  // the registers of the weights are free for the next keys
-                fetched.fetch(keys + (size_t)next * stride, stride, end - next, hs, packed);
+                fetch(fetched, keys + (size_t)next * stride, stride, end - next, hs, packed);
             }
-            add_weighted<PART * ROW_LANES, QUERIES, HS>(sums, weights, slot, tile + part * ROW_LANES, lane, diagonal);
+            add_weighted<PART * LANES, QUERIES, HS>(sums, weights, slot, tile + part * LANES, lane, diagonal);
             __syncwarp();
         }
         __syncthreads();
@@ -286,14 +123,14 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
 #pragma unroll
     for (int i = 0; i < R; i++) {
 #pragma unroll
-        for (int step = ROW_LANES / 2; step > 0; step /= 2) {
+        for (int step = LANES / 2; step > 0; step /= 2) {  // group_sum() in its place spills on sm_100
             total[i] += __shfl_xor_sync(ALL_LANES, total[i], step);
         }
-        const int query = first + mine + ROW_GROUPS * i;
+        const int query = first + mine + GROUPS * i;
         if (query < T) {
             float* row = out + (b * (T - start) + query - start) * C + h * hs;
 #pragma unroll
-            for (int c = 0; c < HS / 64; c++) {
+            for (int c = 0; c < ROW_PACKS<HS>; c++) {
                 store_columns(row, lane * 4 + c * 64, hs, packed, times(1.0f / total[i], sums[i][c]));
             }
             if (lane == 0) { lse[(b * NH + h) * (T - start) + query - start] = LN2 * (top[i] + log2f(total[i])); }
@@ -352,8 +189,7 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, const float
         const float before = top;
 #pragma unroll
         for (int n = 0; n < N; n++) {
-#pragma unroll
-            for (int step = LANES / 2; step > 0; step /= 2) { p[n] += __shfl_xor_sync(ALL_LANES, p[n], step); }
+            p[n] = group_sum<LANES>(p[n]);
             p[n] = first + n * SHARES <= query ? p[n] * scale : MINUS_INFINITY;
             top = fmaxf(top, p[n]);
         }
@@ -423,10 +259,10 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
                                               const float* delta, int T, int NH, int hs) {
     constexpr int OWN = ROWS / TILE_WARPS;                   // rows of a warp
     constexpr int R = OWN / 4, N = PASSING / 8;              // a and ds of a thread: R rows, N that pass
-    constexpr int SUMS = OWN / ROW_GROUPS;                   // rows of a thread's sums
-    __shared__ Row<HS> tile1[ROWS], tile2[ROWS];              // k and v, or q and dout
-    __shared__ Row<HS> passing1[PASSING], passing2[PASSING];  // q and dout, or k and v
-    __shared__ Row<ROWS> weights[PASSING];
+    constexpr int SUMS = OWN / ROW_GROUPS<HS>;               // rows of a thread's sums
+    __shared__ TileRow<HS> tile1[ROWS], tile2[ROWS];              // k and v, or q and dout
+    __shared__ TileRow<HS> passing1[PASSING], passing2[PASSING];  // q and dout, or k and v
+    __shared__ TileRow<ROWS> weights[PASSING];
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % 8;
     const int group = threadIdx.x % WARP / 8;
@@ -445,17 +281,17 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
     delta += (b * NH + h) * T;
 
     Fetched<ROWS, HS> rows;
-    rows.fetch((KEYS ? queries + C : queries) + (size_t)first * stride, stride, T - first, hs, packed);
+    fetch(rows, (KEYS ? queries + C : queries) + (size_t)first * stride, stride, T - first, hs, packed);
     rows.put(tile1);
     if (KEYS) {
-        rows.fetch(queries + 2 * C + (size_t)first * stride, stride, T - first, hs, packed);
+        fetch(rows, queries + 2 * C + (size_t)first * stride, stride, T - first, hs, packed);
     } else {
-        rows.fetch(douts + (size_t)first * C, C, T - first, hs, packed);
+        fetch(rows, douts + (size_t)first * C, C, T - first, hs, packed);
     }
     rows.put(tile2);
     Fetched<PASSING, HS> fetched1, fetched2;
-    fetched1.fetch(side1 + (size_t)begin * stride, stride, end - begin, hs, packed);
-    fetched2.fetch(side2 + (size_t)begin * stride2, stride2, end - begin, hs, packed);
+    fetch(fetched1, side1 + (size_t)begin * stride, stride, end - begin, hs, packed);
+    fetch(fetched2, side2 + (size_t)begin * stride2, stride2, end - begin, hs, packed);
 
     const int mine = warp * OWN + group;                     // rows of this thread's a and ds: first + mine + 4i
     float query_lse[KEYS ? N : R], query_delta[KEYS ? N : R];
@@ -465,9 +301,9 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
         query_lse[i] = query < T ? LOG2E * lse[query] : 0.0f;
         query_delta[i] = query < T ? delta[query] : 0.0f;
     }
-    const int sum_lane = threadIdx.x % ROW_LANES, sum_group = threadIdx.x % WARP / ROW_LANES;
+    const int sum_lane = threadIdx.x % ROW_LANES<HS>, sum_group = threadIdx.x % WARP / ROW_LANES<HS>;
     const int slot = warp * OWN + sum_group * SUMS;          // of this thread's rows of the sums
-    Pack<4> sums1[SUMS][HS / 64], sums2[SUMS][HS / 64];      // dk and dv, or dq
+    Pack<4> sums1[SUMS][ROW_PACKS<HS>], sums2[SUMS][ROW_PACKS<HS>];  // dk and dv, or dq
     clear(sums1);
     clear(sums2);
 
@@ -477,8 +313,8 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
         fetched1.put(passing1);
         fetched2.put(passing2);
         __syncthreads();
-        fetched1.fetch(side1 + (size_t)next * stride, stride, end - next, hs, packed);
-        fetched2.fetch(side2 + (size_t)next * stride2, stride2, end - next, hs, packed);
+        fetch(fetched1, side1 + (size_t)next * stride, stride, end - next, hs, packed);
+        fetch(fetched2, side2 + (size_t)next * stride2, stride2, end - next, hs, packed);
 #pragma unroll
         for (int j = 0; j < N && KEYS; j++) {
             const int query = passing + lane + 8 * j;
@@ -517,7 +353,7 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
         if (row < T) {
             float* dq = dqkv + (b * T + row) * stride + h * hs;
 #pragma unroll
-            for (int c = 0; c < HS / 64; c++) {
+            for (int c = 0; c < ROW_PACKS<HS>; c++) {
                 const int column = sum_lane * 4 + c * 64;
                 store_columns(KEYS ? dq + C : dq, column, hs, packed, times(scale, sums1[i][c]));
                 if (KEYS) { store_columns(dq + 2 * C, column, hs, packed, sums2[i][c]); }

@@ -336,14 +336,10 @@ indexer_gathered_u_kernel(float* __restrict__ u, const float* __restrict__ m, co
     for (int i = 0; i < valid; i++) {
         const float weight = m[(n * K + i) * HI + j];
         const Pack<4> key = load_up_to(keys + (size_t)index[n * K + i] * width, c, dI - c, packed);
-#pragma unroll
-        for (int l = 0; l < 4; l++) { total.at[l] += weight * key.at[l]; }
+        add_product(total, weight, key);
     }
     float* out = u + (n * HI + j) * dI;
-#pragma unroll
-    for (int l = 0; l < 4; l++) {
-        if (c + l < dI) { out[c + l] = total.at[l]; }
-    }
+    store_columns(out, c, dI, false, total);
 }
 
 // dk (B,T,.) = sum over the pairs of a key of m w q; grid (T, packs of columns / lanes, B). a block of `lanes` packs of
@@ -370,8 +366,7 @@ indexer_gathered_dk_kernel(float* __restrict__ dk, const float* __restrict__ m, 
         for (int j = own; j < (own_keys ? own + 1 : HI); j++) {
             const float weight = m[(b * T * K + pair) * HI + j] * w[n * HI + j];
             const Pack<4> x = load_up_to(q + (n * HI + j) * dI, c, dI - c, packed);
-#pragma unroll
-            for (int l = 0; l < 4; l++) { total.at[l] += weight * x.at[l]; }
+            add_product(total, weight, x);
         }
     }
     sums[threadIdx.x] = total;
@@ -379,8 +374,5 @@ indexer_gathered_dk_kernel(float* __restrict__ dk, const float* __restrict__ m, 
     if (group > 0 || !mine) { return; }
     for (int g = 1; g < groups; g++) { add(total, sums[threadIdx.x + g * lanes]); }
     float* out = dk + (b * T + s) * width + own * dI;
-#pragma unroll
-    for (int l = 0; l < 4; l++) {
-        if (c + l < dI) { out[c + l] = total.at[l]; }
-    }
+    store_columns(out, c, dI, false, total);
 }

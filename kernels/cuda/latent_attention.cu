@@ -12,7 +12,6 @@
 #define LATENT_THREADS 128
 #define LATENT_WARPS (LATENT_THREADS / WARP)
 #define HEADS 8  // of a block at most; two for each warp
-#define LOG2E 1.4426950408889634f  // exponentials are powers of 2: what the hardware has
 
 // row (D) -> tile (stride packs), zeros behind; by one warp
 __device__ __forceinline__ void fetch_row(Pack<4>* tile, const float* row, int D, int stride, bool packed) {

@@ -4,27 +4,6 @@
 //   v2 a thread a pair in all heads (this)  one angle; loads of several heads in flight; neighbouring lanes take
 //                                           neighbouring pairs, 8 bytes each
 
-template <int W>
-__device__ __forceinline__ void rotate_heads(float* x, Rotation r, int heads, int width) {
-#pragma unroll 4
-    for (int h = 0; h < heads; h++, x += width) {
-        float a, b;
-        if (W == 2) {
-            const Pack<2> pair = load<2>(x, 0);
-            a = pair.at[0], b = pair.at[1];
-        } else {
-            a = x[0], b = x[1];
-        }
-        const float first = a * r.cosine - b * r.sine;
-        const float second = a * r.sine + b * r.cosine;
-        if (W == 2) {
-            store<2>(x, 0, {first, second});
-        } else {
-            x[0] = first, x[1] = second;
-        }
-    }
-}
-
 // x (N,heads*width): the first `rotated` columns of each head, row n being at position start + n % T; by the negative
 // angle if back is 1. a thread for each of N * rotated / 2 pairs
 extern "C" __global__ void __launch_bounds__(256)

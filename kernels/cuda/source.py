@@ -1,7 +1,7 @@
 """What the .cu files say about themselves: which kernels there are, their parameters, the text to compile.
 
-A file is compiled after common.cuh and gemm_tile.cuh, whose device functions all share; nothing is included. Line
-numbers stay those of the files.
+A file is compiled after common.cuh, gemm_tile.cuh and attention_tile.cuh, whose device functions all share; nothing is
+included. Line numbers stay those of the files.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 FOLDER = Path(__file__).parent
-PRELUDE = (FOLDER / "common.cuh", FOLDER / "gemm_tile.cuh")
+PRELUDE = tuple(FOLDER / name for name in ("common.cuh", "gemm_tile.cuh", "attention_tile.cuh"))
 KERNEL = re.compile(
     r"""extern \s "C" \s __global__ \s void \s
         __launch_bounds__\( (?P<threads>\d+) \) \s

@@ -26,56 +26,13 @@
 // Bytes: what is gathered comes from L2, 2K rows of C floats for each query forward, 4K backward in both passes
 // together, for a quarter to half an FMA a byte: the rate of L2 is the limit, not the FMAs.
 
-#define LOG2E 1.4426950408889634f  // exponentials are powers of 2: what the hardware has
-#define LN2 0.6931471805599453f
 #define FLIGHT 4                   // keys or queries that a group of lanes loads at a time
-
-// row[column..column+3], 0 from column `columns` on. packed: hs % 4 == 0, rows start at multiples of 16 bytes
-__device__ __forceinline__ Pack<4> load_columns(const float* row, int column, int columns, bool packed) {
-    if (packed && column < columns) { return load<4>(row + column, 0); }
-    Pack<4> x = zeros<4>();
-    if (!packed) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (column + j < columns) { x.at[j] = row[column + j]; }
-        }
-    }
-    return x;
-}
-
-__device__ __forceinline__ void store_columns(float* row, int column, int columns, bool packed, Pack<4> x) {
-    if (packed && column < columns) { store<4>(row + column, 0, x); }
-    if (!packed) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (column + j < columns) { row[column + j] = x.at[j]; }
-        }
-    }
-}
 
 __device__ __forceinline__ float dot(Pack<4> a, Pack<4> b) {
     float total = a.at[0] * b.at[0];
 #pragma unroll
     for (int j = 1; j < 4; j++) { total += a.at[j] * b.at[j]; }
     return total;
-}
-
-__device__ __forceinline__ void add_product(Pack<4>& total, float weight, Pack<4> x) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) { total.at[j] += weight * x.at[j]; }
-}
-
-__device__ __forceinline__ Pack<4> times(float weight, Pack<4> x) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) { x.at[j] *= weight; }
-    return x;
-}
-
-// over LANES neighbouring lanes, the same in each of them
-template <int LANES> __device__ __forceinline__ float group_sum(float value) {
-#pragma unroll
-    for (int step = LANES / 2; step > 0; step /= 2) { value += __shfl_xor_sync(ALL_LANES, value, step); }
-    return value;
 }
 
 // over the groups of LANES lanes of a warp, column by column
@@ -305,7 +262,7 @@ sparse_attention_dkdv_128_kernel(float* __restrict__ dqkv, const float* __restri
 
 #define TILE 64        // queries and keys of a tile
 #define SLICE 32       // columns of a head in shared memory at a time
-#define TILE_THREADS 256
+#define MEAN_THREADS 256
 #define SIDE 16        // threads along each side of a tile: 4 x 4 scores for each
 #define EACH (TILE / SIDE)
 #define MEAN_LANES 16  // lanes for a head of sparse_attention_mean
@@ -314,7 +271,7 @@ sparse_attention_dkdv_128_kernel(float* __restrict__ dqkv, const float* __restri
 __device__ __forceinline__ void put_rows(Pack<4> (*tile)[SLICE / 4 + 1], const float* rows, size_t stride, int limit,
                                          int column, int hs, bool packed) {
     constexpr int PACKS = SLICE / 4;
-    for (int i = threadIdx.x; i < TILE * PACKS; i += TILE_THREADS) {
+    for (int i = threadIdx.x; i < TILE * PACKS; i += MEAN_THREADS) {
         const int r = i / PACKS, c = i % PACKS;
         tile[r][c] = load_columns(rows + r * stride, column + c * 4, r < limit ? hs : 0, packed);
     }

@@ -23,19 +23,7 @@
 // Scores of the future are replaced, and products leave out weights of 0 where a tile has any: with 0 * v a NaN would
 // come through. Sums have a fixed order everywhere.
 
-#define TILE_THREADS 128           // of a block with tiles: 4 warps, each with its own quarter of the rows
-#define TILE_WARPS (TILE_THREADS / WARP)
-#define LOG2E 1.4426950408889634f  // exponentials are powers of 2: what the hardware has
-#define LN2 0.6931471805599453f
 #define FAR 1e30f                  // more than any distance
-
-// a row of a tile in shared memory: a pack too long, so that the same column of 8 rows lies in different banks
-template <int WIDTH> using Row = Pack<4>[WIDTH / 4 + 1];
-
-// lanes that share the columns of a row of sums, a pack or more each; as many rows side by side as fill a warp
-template <int HS> constexpr int LANES = HS < 64 ? HS / 4 : 16;
-template <int HS> constexpr int GROUPS = WARP / LANES<HS>;
-template <int HS> constexpr int PACKS = HS / 4 / LANES<HS>;
 
 // --- geometry --------------------------------------------------------------------------------------------------------
 
@@ -98,176 +86,23 @@ template <int ROWS> __device__ __forceinline__ int next_tile(Torus at, int row, 
     return row;
 }
 
-// --- tiles -----------------------------------------------------------------------------------------------------------
-
-// row[column..column+3] of global memory, 0 from column hd on. packed: hd % 4 == 0, rows start at multiples of 16 bytes
-__device__ __forceinline__ Pack<4> load_columns(const float* row, int column, int hd, bool packed) {
-    if (packed && column < hd) { return load<4>(row + column, 0); }
-    Pack<4> x = zeros<4>();
-    if (!packed) {
+// sub-tokens first .. of a head that starts at `head`, with `stride` floats between tokens, on their way to a tile;
+// from `limit` on they become 0 and are not read
+template <int ROWS, int HS>
+__device__ __forceinline__ void fetch(Fetched<ROWS, HS>& to, const float* head, int stride, int first, int limit,
+                                      int D, int hd, bool packed) {
+    constexpr int PACKS = Fetched<ROWS, HS>::PACKS, STEP = Fetched<ROWS, HS>::STEP;
+    const int column = threadIdx.x % PACKS * 4;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (column + j < hd) { x.at[j] = row[column + j]; }
-        }
-    }
-    return x;
-}
-
-__device__ __forceinline__ void store_columns(float* row, int column, int hd, bool packed, Pack<4> x) {
-    if (packed && column < hd) { store<4>(row + column, 0, x); }
-    if (!packed) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (column + j < hd) { row[column + j] = x.at[j]; }
-        }
-    }
-}
-
-__device__ __forceinline__ Pack<4> times(float weight, Pack<4> x) {
-#pragma unroll
-    for (int j = 0; j < 4; j++) { x.at[j] *= weight; }
-    return x;
-}
-
-// ROWS sub-tokens of a head on their way from global to shared memory: what is fetched can arrive during other work
-template <int ROWS, int HS> struct Fetched {
-    static constexpr int STEP = TILE_THREADS / (HS / 4);  // rows that the block takes at a time
-    Pack<4> x[ROWS / STEP];
-
-    // sub-tokens first .. of a head that starts at `head`, with `stride` floats between tokens; from `limit` on they
-    // become 0 and are not read
-    __device__ __forceinline__ void fetch(const float* head, int stride, int first, int limit, int D, int hd,
-                                          bool packed) {
-        const int column = threadIdx.x % (HS / 4) * 4;
-#pragma unroll
-        for (int n = 0; n < ROWS / STEP; n++) {
-            const int row = first + threadIdx.x / (HS / 4) + n * STEP;
-            x[n] = zeros<4>();
-            if (row >= limit) { continue; }
-            x[n] = load_columns(head + (size_t)(row / D) * stride + row % D * hd, column, hd, packed);
-        }
-    }
-
-    __device__ __forceinline__ void put(Row<HS>* tile) const {
-#pragma unroll
-        for (int n = 0; n < ROWS / STEP; n++) {
-            tile[threadIdx.x / (HS / 4) + n * STEP][threadIdx.x % (HS / 4)] = x[n];
-        }
-    }
-};
-
-// products[i][j] = rows[i * ROW_STEP] . columns[j * COLUMN_STEP]
-template <int HS, int ROW_STEP, int COLUMN_STEP, int R, int N>
-__device__ __forceinline__ void dot_rows(float (&products)[R][N], const Row<HS>* rows, const Row<HS>* columns, int hd) {
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int j = 0; j < N; j++) { products[i][j] = 0.0f; }
-    }
-#pragma unroll 1
-    for (int c = 0; c < (hd + 3) / 4; c++) {
-        Pack<4> column[N];
-#pragma unroll
-        for (int j = 0; j < N; j++) { column[j] = columns[j * COLUMN_STEP][c]; }
-#pragma unroll
-        for (int i = 0; i < R; i++) {
-            const Pack<4> row = rows[i * ROW_STEP][c];
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-#pragma unroll
-                for (int m = 0; m < 4; m++) { products[i][j] += row.at[m] * column[j].at[m]; }
-            }
-        }
-    }
-}
-
-// weights[lane + STEP * j][slot..slot+R-1] = p[0..R-1][first + j] for j < COUNT; slot counts floats
-template <int COUNT, int STEP, int ROWS, int R, int N>
-__device__ __forceinline__ void hand_over(Row<ROWS>* weights, int slot, int lane, const float (&p)[R][N], int first) {
-    constexpr int W = R < 4 ? R : 4;
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-#pragma unroll
-        for (int i = 0; i < R; i += W) {
-            Pack<W> values;
-#pragma unroll
-            for (int k = 0; k < W; k++) { values.at[k] = p[i + k][first + j]; }
-            store<W>((float*)weights[lane + STEP * j], (slot + i) / W, values);
-        }
-    }
-}
-
-// sums[i][c] += sum_n weights[n][slot + i] * values[n][lane + LANES c]. SKIP leaves out weights of 0, whatever their
-// values
-template <bool SKIP, int COUNT, int ROWS, int HS, int R>
-__device__ __forceinline__ void add_weighted(Pack<4> (&sums)[R][PACKS<HS>], const Row<ROWS>* weights, int slot,
-                                             const Row<HS>* values, int lane) {
-    constexpr int W = R < 4 ? R : 4;
-#pragma unroll (SKIP ? 1 : 2)
-    for (int n = 0; n < COUNT; n++) {
-        Pack<W> weight[R / W];
-#pragma unroll
-        for (int i = 0; i < R / W; i++) { weight[i] = load<W>((const float*)weights[n], slot / W + i); }
-#pragma unroll
-        for (int c = 0; c < PACKS<HS>; c++) {
-            const Pack<4> value = values[n][lane + c * LANES<HS>];
-#pragma unroll
-            for (int i = 0; i < R; i++) {
-                const float w = weight[i / W].at[i % W];
-                if (!SKIP || w != 0.0f) { add(sums[i][c], times(w, value)); }
-            }
-        }
-    }
-}
-
-template <int COUNT, int ROWS, int HS, int R>
-__device__ __forceinline__ void add_weighted(Pack<4> (&sums)[R][PACKS<HS>], const Row<ROWS>* weights, int slot,
-                                             const Row<HS>* values, int lane, bool skip) {
-    if (skip) {
-        add_weighted<true, COUNT, ROWS, HS>(sums, weights, slot, values, lane);
-    } else {
-        add_weighted<false, COUNT, ROWS, HS>(sums, weights, slot, values, lane);
-    }
-}
-
-template <int R, int N> __device__ __forceinline__ void clear(Pack<4> (&sums)[R][N]) {
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int c = 0; c < N; c++) { sums[i][c] = zeros<4>(); }
+    for (int n = 0; n < ROWS / STEP; n++) {
+        const int row = first + threadIdx.x / PACKS + n * STEP;
+        to.x[n] = zeros<4>();
+        if (row >= limit) { continue; }
+        to.x[n] = load_columns(head + (size_t)(row / D) * stride + row % D * hd, column, hd, packed);
     }
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
-
-// scores p[i][j] of a thread's R queries, times log2(e) -> weights 2^(p - top), where top is the largest of the row so
-// far; what was summed under an earlier top shrinks. total is this lane's share
-template <int SHARING, int R, int N, int PER>
-__device__ __forceinline__ void online_softmax(float (&p)[R][N], float (&top)[R], float (&total)[R],
-                                               Pack<4> (&sums)[R][PER]) {
-#pragma unroll
-    for (int i = 0; i < R; i++) {
-        float largest = p[i][0];
-#pragma unroll
-        for (int j = 1; j < N; j++) { largest = fmaxf(largest, p[i][j]); }
-#pragma unroll
-        for (int step = SHARING / 2; step > 0; step /= 2) {
-            largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, step));
-        }
-        const float before = top[i];
-        top[i] = fmaxf(before, largest);
-        const float from = top[i] == MINUS_INFINITY ? 0.0f : top[i];  // nothing seen yet: -inf - -inf would be NaN
-        const float shrink = exp2f(before - from);
-        total[i] *= shrink;
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            p[i][j] = exp2f(p[i][j] - from);
-            total[i] += p[i][j];
-        }
-#pragma unroll
-        for (int c = 0; c < PER; c++) { sums[i][c] = times(shrink, sums[i][c]); }
-    }
-}
 
 // a warp owns a quarter of the queries, and LANES lanes every GROUPS-th of these: scores, weights and sums of a query
 // stay with these lanes, so handing weights over, from keys to columns, needs no barrier of the block
@@ -275,17 +110,18 @@ template <int HS, int QUERIES, int KEYS>
 __device__ __forceinline__ void forward_tile(float* out, float* lse, const float* qkv, const float* a_s,
                                              const float* a_d, int T, int NH, int D, int hd, int P, int window,
                                              int wrap_depth, int causal, int start) {
-    constexpr int R = QUERIES / TILE_WARPS / GROUPS<HS>;     // queries of a thread
-    constexpr int N = KEYS / LANES<HS>;                      // keys of a thread
-    constexpr int PART = WARP / LANES<HS>;                   // of these at a time are handed over: less shared memory
-    __shared__ Row<HS> query_tile[QUERIES];
-    __shared__ Row<HS> tile[KEYS];                           // keys, then their values
-    __shared__ Row<QUERIES> weights[WARP];                   // the queries of a thread side by side
+    constexpr int LANES = ROW_LANES<HS>, GROUPS = ROW_GROUPS<HS>;
+    constexpr int R = QUERIES / TILE_WARPS / GROUPS;         // queries of a thread
+    constexpr int N = KEYS / LANES;                          // keys of a thread
+    constexpr int PART = WARP / LANES;                       // of these at a time are handed over: less shared memory
+    __shared__ TileRow<HS> query_tile[QUERIES];
+    __shared__ TileRow<HS> tile[KEYS];                       // keys, then their values
+    __shared__ TileRow<QUERIES> weights[WARP];               // the queries of a thread side by side
     __shared__ Place query_place[QUERIES], key_place[KEYS];
     static_assert(N % PART == 0, "keys are handed over in whole parts");
 
-    const int warp = threadIdx.x / WARP, lane = threadIdx.x % LANES<HS>;
-    const int group = threadIdx.x % WARP / LANES<HS>;
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % LANES;
+    const int group = threadIdx.x % WARP / LANES;
     const int C = NH * D * hd, stride = 3 * C;
     const size_t b = blockIdx.x / NH, h = blockIdx.x % NH;
     const Torus at = torus(a_s[h], a_d[h], T, D, P, window, wrap_depth, causal);
@@ -302,14 +138,14 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
     const float* values = keys + C;
 
     Fetched<QUERIES, HS> query_rows;
-    query_rows.fetch(queries, stride, first, stop, D, hd, packed);
+    fetch(query_rows, queries, stride, first, stop, D, hd, packed);
     query_rows.put(query_tile);
     if (threadIdx.x < QUERIES) { query_place[threadIdx.x] = place_of_query(at, first + threadIdx.x); }
     int key = next_tile<KEYS>(at, 0, end, first_token, last_token);
     Fetched<KEYS, HS> fetched;
-    fetched.fetch(keys, stride, key, end, D, hd, packed);
+    fetch(fetched, keys, stride, key, end, D, hd, packed);
 
-    Pack<4> sums[R][PACKS<HS>];
+    Pack<4> sums[R][ROW_PACKS<HS>];
     float top[R], total[R];
     clear(sums);
 #pragma unroll
@@ -322,32 +158,32 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
         fetched.put(tile);
         if (threadIdx.x < KEYS) { key_place[threadIdx.x] = place_of_key(at, key + threadIdx.x); }
         __syncthreads();
-        fetched.fetch(values, stride, key, end, D, hd, packed);
-        dot_rows<HS, GROUPS<HS>, LANES<HS>>(p, query_tile + mine, tile + lane, hd);
+        fetch(fetched, values, stride, key, end, D, hd, packed);
+        dot_rows<HS, GROUPS, LANES>(p, query_tile + mine, tile + lane, hd);
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            const Place there = key_place[lane + LANES<HS> * j];
+            const Place there = key_place[lane + LANES * j];
 #pragma unroll
             for (int i = 0; i < R; i++) {
-                const Place here = query_place[mine + GROUPS<HS> * i];
+                const Place here = query_place[mine + GROUPS * i];
                 const float ring = distance(here.ring, there.ring, at.tokens);
                 const float depth = distance(here.platter, there.platter, at.platters);
                 const bool seen = there.token <= here.token && ring <= at.near;
                 p[i][j] = seen ? scale * p[i][j] + bias(at, ring, depth) : MINUS_INFINITY;
             }
         }
-        online_softmax<LANES<HS>>(p, top, total, sums);
+        online_softmax<LANES, true>(p, top, total, sums, 1.0f);
         __syncthreads();  // every warp is done with the keys
         fetched.put(tile);
         __syncthreads();
 #pragma unroll
         for (int part = 0; part < N; part += PART) {
-            hand_over<PART, LANES<HS>, QUERIES>(weights, slot, lane, p, part);
+            hand_over<PART, LANES, QUERIES>(weights, slot, lane, p, part);
             __syncwarp();
             if (part + PART == N) {  // the registers of the weights are free for the next keys
-                fetched.fetch(keys, stride, next, end, D, hd, packed);
+                fetch(fetched, keys, stride, next, end, D, hd, packed);
             }
-            add_weighted<WARP, QUERIES, HS>(sums, weights, slot, tile + part * LANES<HS>, lane, skip);
+            add_weighted<WARP, QUERIES, HS>(sums, weights, slot, tile + part * LANES, lane, skip);
             __syncwarp();
         }
         __syncthreads();
@@ -356,16 +192,13 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
 
 #pragma unroll
     for (int i = 0; i < R; i++) {
-#pragma unroll
-        for (int step = LANES<HS> / 2; step > 0; step /= 2) {
-            total[i] += __shfl_xor_sync(ALL_LANES, total[i], step);
-        }
-        const int row = first + mine + GROUPS<HS> * i;
+        total[i] = group_sum<LANES>(total[i]);
+        const int row = first + mine + GROUPS * i;
         if (row < stop) {
             float* query = out + (b * (T - start) + row / D - start) * C + (h * D + row % D) * hd;
 #pragma unroll
-            for (int c = 0; c < PACKS<HS>; c++) {
-                store_columns(query, (lane + c * LANES<HS>) * 4, hd, packed, times(1.0f / total[i], sums[i][c]));
+            for (int c = 0; c < ROW_PACKS<HS>; c++) {
+                store_columns(query, (lane + c * LANES) * 4, hd, packed, times(1.0f / total[i], sums[i][c]));
             }
             if (lane == 0) { lse[((b * NH + h) * (T - start) - start) * D + row] = LN2 * (top[i] + log2f(total[i])); }
         }
@@ -419,10 +252,10 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
                                               int wrap_depth, int causal) {
     constexpr int OWN = ROWS / TILE_WARPS;                   // rows of a warp
     constexpr int R = OWN / 4, N = PASSING / 8;              // a and ds of a thread: R rows, N that pass
-    constexpr int SUMS = OWN / GROUPS<HS>;                   // rows of a thread's sums
-    __shared__ Row<HS> tile1[ROWS], tile2[ROWS];              // k and v, or q and dout
-    __shared__ Row<HS> passing1[PASSING], passing2[PASSING];  // q and dout, or k and v
-    __shared__ Row<ROWS> weights[PASSING];
+    constexpr int SUMS = OWN / ROW_GROUPS<HS>;               // rows of a thread's sums
+    __shared__ TileRow<HS> tile1[ROWS], tile2[ROWS];              // k and v, or q and dout
+    __shared__ TileRow<HS> passing1[PASSING], passing2[PASSING];  // q and dout, or k and v
+    __shared__ TileRow<ROWS> weights[PASSING];
     __shared__ Place place[ROWS], passing_place[PASSING];
 
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % 8;
@@ -447,17 +280,17 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
     delta += (b * NH + h) * rows;
 
     Fetched<ROWS, HS> staying;
-    staying.fetch(KEYS ? keys : queries, stride, first, stop, D, hd, packed);
+    fetch(staying, KEYS ? keys : queries, stride, first, stop, D, hd, packed);
     staying.put(tile1);
-    staying.fetch(KEYS ? values : douts, KEYS ? stride : C, first, stop, D, hd, packed);
+    fetch(staying, KEYS ? values : douts, KEYS ? stride : C, first, stop, D, hd, packed);
     staying.put(tile2);
     if (threadIdx.x < ROWS) {
         place[threadIdx.x] = KEYS ? place_of_key(at, first + threadIdx.x) : place_of_query(at, first + threadIdx.x);
     }
     int passing = next_tile<PASSING>(at, begin, end, first_token, last_token);
     Fetched<PASSING, HS> fetched1, fetched2;
-    fetched1.fetch(side1, stride, passing, end, D, hd, packed);
-    fetched2.fetch(side2, stride2, passing, end, D, hd, packed);
+    fetch(fetched1, side1, stride, passing, end, D, hd, packed);
+    fetch(fetched2, side2, stride2, passing, end, D, hd, packed);
 
     const int mine = warp * OWN + group;                     // rows of this thread's a and ds: first + mine + 4i
     float query_lse[KEYS ? N : R], query_delta[KEYS ? N : R];
@@ -467,9 +300,9 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
         query_lse[i] = row < stop ? LOG2E * lse[row] : 0.0f;
         query_delta[i] = row < stop ? delta[row % D * T + row / D] : 0.0f;
     }
-    const int sum_lane = threadIdx.x % LANES<HS>, sum_group = threadIdx.x % WARP / LANES<HS>;
+    const int sum_lane = threadIdx.x % ROW_LANES<HS>, sum_group = threadIdx.x % WARP / ROW_LANES<HS>;
     const int slot = warp * OWN + sum_group * SUMS;          // of this thread's rows of the sums
-    Pack<4> sums1[SUMS][PACKS<HS>], sums2[SUMS][PACKS<HS>];  // dk and dv, or dq
+    Pack<4> sums1[SUMS][ROW_PACKS<HS>], sums2[SUMS][ROW_PACKS<HS>];  // dk and dv, or dq
     float ring_sum = 0.0f, depth_sum = 0.0f;
     clear(sums1);
     clear(sums2);
@@ -485,8 +318,8 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
             passing_place[threadIdx.x] = KEYS ? place_of_query(at, row) : place_of_key(at, row);
         }
         __syncthreads();
-        fetched1.fetch(side1, stride, next, end, D, hd, packed);
-        fetched2.fetch(side2, stride2, next, end, D, hd, packed);
+        fetch(fetched1, side1, stride, next, end, D, hd, packed);
+        fetch(fetched2, side2, stride2, next, end, D, hd, packed);
 #pragma unroll
         for (int j = 0; j < N && KEYS; j++) {
             const int row = passing + lane + 8 * j;
@@ -535,8 +368,8 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
         if (row < stop) {
             float* dq = dqkv + (b * T + row / D) * stride + (h * D + row % D) * hd;
 #pragma unroll
-            for (int c = 0; c < PACKS<HS>; c++) {
-                const int column = (sum_lane + c * LANES<HS>) * 4;
+            for (int c = 0; c < ROW_PACKS<HS>; c++) {
+                const int column = (sum_lane + c * ROW_LANES<HS>) * 4;
                 store_columns(KEYS ? dq + C : dq, column, hd, packed, times(scale, sums1[i][c]));
                 if (KEYS) { store_columns(dq + 2 * C, column, hd, packed, sums2[i][c]); }
             }

@@ -3,27 +3,6 @@
 //   v1 a thread a pair                         the angle again for each head, in q and in k
 //   v2 a thread a pair of all heads (this)     one angle for q and k of a token: they are 2 NH heads side by side
 
-template <int W>
-__device__ __forceinline__ void rotate_heads(float* x, Rotation r, int heads, int width) {
-#pragma unroll 4
-    for (int h = 0; h < heads; h++, x += width) {
-        float a, b;
-        if (W == 2) {
-            const Pack<2> pair = load<2>(x, 0);
-            a = pair.at[0], b = pair.at[1];
-        } else {
-            a = x[0], b = x[1];
-        }
-        const float first = a * r.cosine - b * r.sine;
-        const float second = a * r.sine + b * r.cosine;
-        if (W == 2) {
-            store<2>(x, 0, {first, second});
-        } else {
-            x[0] = first, x[1] = second;
-        }
-    }
-}
-
 // turns * n / period without its whole rounds, turns being a float: exact but for the division if turns is whole
 __device__ __forceinline__ double part_of_a_round(int n, float turns, int period) {
     const double way = (double)n * turns;
