@@ -6,14 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny
 from test_sparse_model import IN_FLOAT64, relative_error
 
 import train_banded
 import train_toroidal
 from kernels import cpu
-from llmc.checkpoint import GPT2Config, named_views, num_parameters, tensor_shapes
+from llmc.checkpoint import TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
+from llmc.errors import UserError
 from llmc.init import gpt2_init
-from llmc.torus import FUSIONS, ROPES, Torus, extra_shapes, parse_layers
+from llmc.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
 
 TINY = GPT2Config(maxT=12, V=11, L=2, NH=2, C=32, Vp=16)
 BASE = Torus(layers=(0, 1), depth=2, period=5, learn_lambda=True)
@@ -245,3 +247,50 @@ def test_steps_after_the_first_allocate_nothing_of_activation_size():
     tracemalloc.stop()
     print(f"peak of a step: {peak} bytes")
     assert peak < 256 * 256 * 4  # bytes of the smallest activation; NumPy itself takes 200 KB for complex products
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_fields_round_trip(mode, rope, fusion):
+    torus = Torus((1, 3, 4), mode, 4, 77, rope, fusion, 3, 5, True, True, 0.75)
+    config = tiny.resized(L=5, C=48, NH=3)
+    extra = np.zeros(sum(map(math.prod, extra_shapes(config, torus).values())), np.float32)
+    file = Model(config, extra[:0], kind=TOROIDAL, fields=(*torus.fields(), 0, 0), extra=extra)
+    assert read_torus(file, "c.bin") == torus
+    with pytest.raises(UserError, match=rf"^c.bin: {extra.size + 1} extra values, .* have {extra.size}$"):
+        read_torus(replace(file, extra=np.zeros(extra.size + 1, np.float32)), "c.bin")
+
+
+def test_tokens_one_by_one_in_the_published_mode():
+    """extend gives what a whole pass over that much text gives, and training afterwards has its own ring again."""
+    torus = Torus((0, 1), "upstream", 2, 12, "upstream", "low_rank")
+    params = np.concatenate([gpt2_init(tiny.CONFIG, 1) * 5, np.random.default_rng(1).random(16, np.float32)])
+    tokens = np.random.default_rng(2).integers(0, 256, (1, 12), np.int32)
+    model = train_toroidal.GPT2(cpu, tiny.CONFIG, torus, params, 1, 12)
+    model.forward(tokens)
+    before = model.acts.logits.copy()
+    for end in range(1, 13):
+        shorter = train_toroidal.GPT2(cpu, tiny.CONFIG, replace(torus, period=end), params, 1, end)
+        shorter.forward(tokens[:, :end])
+        last = model.extend(tokens[0, end - 1 : end], end - 1)
+        assert np.abs(last - shorter.acts.logits[-1, :256]).max() < 1e-5 * np.abs(last).max()
+    model.extend(tokens[0, :5], 0)
+    model.forward(tokens)
+    assert model.acts.logits.tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fusion", FUSIONS[2:])
+def test_text_comes_from_the_weights_at_hand(fusion, mode):
+    """After an update extend gives to the bit what a new model with these weights gives."""
+    torus, tokens = Torus((0, 1), mode, 4, 8, fusion=fusion, rank=2), np.arange(16, dtype=np.int32).reshape(2, 8)
+    file = Model(tiny.CONFIG, gpt2_init(tiny.CONFIG, 1))
+    params = np.concatenate([file.params * 5, train_toroidal.extra_init(cpu, file, torus, 2)])
+    model = train_toroidal.GPT2(cpu, tiny.CONFIG, torus, params, 2, 8)
+    before = model.extend(tokens[0], 0).tobytes()
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(1, 0.01)
+    new = train_toroidal.GPT2(cpu, tiny.CONFIG, torus, params, 1, 1)
+    assert model.extend(tokens[0], 0).tobytes() == new.extend(tokens[0], 0).tobytes() != before

@@ -287,19 +287,6 @@ def test_llm_c_reads_what_is_saved(train, flags):
     assert read_torus(model, "c.bin") == torus
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("fusion", FUSIONS)
-def test_fields_round_trip(mode, rope, fusion):
-    torus = Torus((1, 3, 4), mode, 4, 77, rope, fusion, 3, 5, True, True, 0.75)
-    config = tiny.resized(L=5, C=48, NH=3)
-    extra = np.zeros(sum(map(prod, extra_shapes(config, torus).values())), np.float32)
-    file = Model(config, extra[:0], kind=TOROIDAL, fields=(*torus.fields(), 0, 0), extra=extra)
-    assert read_torus(file, "c.bin") == torus
-    with pytest.raises(UserError, match=rf"^c.bin: {extra.size + 1} extra values, .* have {extra.size}$"):
-        read_torus(replace(file, extra=np.zeros(extra.size + 1, np.float32)), "c.bin")
-
-
 def test_a_header_with_all_the_layers_it_has_room_for(train, write, folder):
     """100 of them; with 101 layers a model has too many, of which none may be replaced."""
     tiny.make_folder(folder, tiny.resized(L=100, C=2, NH=1, maxT=8, V=256, Vp=256))
@@ -381,44 +368,10 @@ def test_text_of_the_published_mode(train, write):
     assert "depth 4\nWARNING: --mode upstream: its ring is as long as the text, so all of it runs again" in cached.out
 
 
-def test_tokens_one_by_one_in_the_published_mode():
-    """extend gives what a whole pass over that much text gives, and training afterwards has its own ring again."""
-    torus = Torus((0, 1), "upstream", 2, 12, "upstream", "low_rank")
-    params = np.concatenate([gpt2_init(CONFIG, 1) * 5, np.random.default_rng(1).random(16, np.float32)])
-    tokens = np.random.default_rng(2).integers(0, 256, (1, 12), np.int32)
-    model = train_toroidal.GPT2(cpu, CONFIG, torus, params, 1, 12)
-    model.forward(tokens)
-    before = model.acts.logits.copy()
-    for end in range(1, 13):
-        shorter = train_toroidal.GPT2(cpu, CONFIG, replace(torus, period=end), params, 1, end)
-        shorter.forward(tokens[:, :end])
-        last = model.extend(tokens[0, end - 1 : end], end - 1)
-        assert np.abs(last - shorter.acts.logits[-1, :256]).max() < 1e-5 * np.abs(last).max()
-    model.extend(tokens[0, :5], 0)
-    model.forward(tokens)
-    assert model.acts.logits.tobytes() == before.tobytes()
-
-
 @pytest.mark.parametrize("flags", ["--mode upstream --rope int --fusion attention", "--fusion low_rank"])
 def test_samples_change_no_loss(train, flags):
     quiet, sampled = (done(train(f"{flags} -n 6 -v 0 -l 0.05 -s {s}")).out for s in (0, 1))
     assert losses(quiet) == losses(sampled) and val_losses(quiet) == val_losses(sampled)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("fusion", FUSIONS[2:])
-def test_text_comes_from_the_weights_at_hand(fusion, mode):
-    """After an update extend gives to the bit what a new model with these weights gives."""
-    torus, tokens = Torus((0, 1), mode, 4, 8, fusion=fusion, rank=2), np.arange(16, dtype=np.int32).reshape(2, 8)
-    file = Model(CONFIG, gpt2_init(CONFIG, 1))
-    params = np.concatenate([file.params * 5, train_toroidal.extra_init(cpu, file, torus, 2)])
-    model = train_toroidal.GPT2(cpu, CONFIG, torus, params, 2, 8)
-    before = model.extend(tokens[0], 0).tobytes()
-    model.forward(tokens, tokens)
-    model.backward()
-    model.update(1, 0.01)
-    new = train_toroidal.GPT2(cpu, CONFIG, torus, params, 1, 1)
-    assert model.extend(tokens[0], 0).tobytes() == new.extend(tokens[0], 0).tobytes() != before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
