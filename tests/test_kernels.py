@@ -5,6 +5,7 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
+from kernels.cpu import attention, blocks
 from kernels.cpu.band_mask import band_columns
 from kernels.cpu.band_matmul import best_channels, blocks_of_band
 from kernels.cpu.blocks import PARALLEL_BYTES
@@ -335,3 +336,51 @@ def test_threads_do_not_change_a_bit(monkeypatch):
         ops.gelu_backward(out, dinp, dout)
         results.append(out.tobytes() + dweight.tobytes() + dbias.tobytes())
     assert results[0] == results[1] == results[2]
+
+
+def test_threads_do_not_change_a_bit_of_attention(monkeypatch):
+    rng = np.random.default_rng(11)
+    B, T, C, NH, D = 3, 200, 60, 5, 3  # neither rows, nor heads, nor blocks of queries divide evenly
+    qkv, dout = rng.standard_normal((B, T, 3 * C), np.float32), rng.standard_normal((B * T, C), np.float32)
+    index = np.full((B, T, 128), -1, np.int32)
+    for t in range(T):
+        index[:, t, : min(t + 1, 128)] = np.sort(rng.permutation(t + 1)[:128])
+    count = np.count_nonzero(index >= 0, axis=2).astype(np.int32)
+    strength = np.linspace(0.1, 1, NH, dtype=np.float32)
+    results = []
+    share = blocks.for_blocks
+    monkeypatch.setattr(attention, "for_blocks", lambda work, rows, block, _: share(work, rows, block, 1 << 23))
+    for threads in ("1", "2", "3"):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
+        out, lse, dqkv = np.empty_like(dout), np.empty((B, NH, T), "f"), np.empty_like(qkv)
+        ops.attention_forward(out, lse, qkv, NH)
+        ops.attention_backward(dqkv, dout, qkv, out, lse, NH)
+        bits = [out.tobytes(), lse.tobytes(), dqkv.tobytes()]
+        ops.sparse_attention_forward(out, lse, qkv, index, count, NH)
+        ops.sparse_attention_backward(dqkv, dout, qkv, out, lse, index, count, NH)
+        mean = np.empty(index.shape, "f")
+        ops.sparse_attention_mean(mean, qkv, lse, index, count, NH)
+        bits += [out.tobytes(), dqkv.tobytes(), mean.tobytes()]
+        lse, sums = np.empty((B, NH, T, D), "f"), np.zeros((2, NH), "f")
+        ops.torus_attention_forward(out, lse, qkv, strength, strength, NH, D, T)
+        ops.torus_attention_backward(dqkv, *sums, dout, qkv, out, lse, strength, strength, NH, D, T)
+        results.append(b"".join([*bits, out.tobytes(), dqkv.tobytes(), sums.tobytes()]))
+    assert results[0] == results[1] == results[2]
+
+
+def test_inside_blocks_blas_has_one_thread():
+    if blocks._blas is None:
+        pytest.skip("NumPy's BLAS is not an OpenBLAS whose threads can be set")
+    set_threads, get_threads = blocks._blas
+    before, seen = get_threads(), []
+    set_threads(2)
+    try:
+        blocks.for_blocks(lambda start, stop: seen.append(get_threads()), 4, 2)
+        assert (seen, get_threads()) == ([1, 1], 2)
+        with pytest.raises(ZeroDivisionError):
+            blocks.for_blocks(lambda start, stop: 1 // 0, 4, 2)
+        assert get_threads() == 2
+        blocks.for_blocks(lambda start, stop: seen.append(get_threads()), 4, 4)  # one block: BLAS has the cores
+        assert seen[2] == 2
+    finally:
+        set_threads(before)

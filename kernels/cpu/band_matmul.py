@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from kernels.cpu.band_mask import band_columns
-from kernels.cpu.blocks import scratch
+from kernels.cpu.blocks import for_blocks, scratch
 from kernels.cpu.column_sum import column_sum
 from kernels.cpu.matmul import add_bias, matmul_backward, matmul_forward
 
@@ -21,7 +21,10 @@ CHANNELS = (8, 16, 32, 64, 128)  # in a block; of the 4C hidden units four times
 # chosen by this were 3% slower on average than the fastest ones, most of which is noise
 BORDER = 24
 CALL = 2.7e5  # multiplications that BLAS makes in these 3 us
-WHOLE = 32  # channels at a time to zero what is outside, after a product of the whole
+WHOLE = 64  # channels at a time to zero what is outside, after a product of the whole
+# multiplications of a weight gradient from which on our threads take a block each: up to 20% faster than OpenBLAS's,
+# which share every block, but which are awake sooner
+OWN_THREADS = 2e8
 GAIN = 0.8  # of the time of the whole weight: what blocks must promise, so that they never lose
 
 
@@ -97,12 +100,18 @@ def band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth, bet
         return
     for columns, rows in blocks_of_band(C, OC, bandwidth, channels):  # the band of the transposed weight
         np.matmul(dout[:, rows], weight[rows, columns], out=dinp[:, columns])
-    for rows, columns in blocks_of_band(OC, C, bandwidth, channels):
-        block = dweight[rows, columns]
-        if beta:
-            product = scratch("band_matmul_dweight", block.shape, block.dtype)
-            block += np.matmul(dout[:, rows].T, inp[:, columns], out=product)
-        else:
-            np.matmul(dout[:, rows].T, inp[:, columns], out=block)
+    blocks = blocks_of_band(OC, C, bandwidth, channels)
+
+    def some(start, stop):
+        for rows, columns in blocks[start:stop]:
+            block = dweight[rows, columns]
+            if beta:
+                product = scratch("band_matmul_dweight", block.shape, block.dtype)
+                block += np.matmul(dout[:, rows].T, inp[:, columns], out=product)
+            else:
+                np.matmul(dout[:, rows].T, inp[:, columns], out=block)
+
+    work = len(inp) * sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks)
+    for_blocks(some, len(blocks), 1 if work > OWN_THREADS else len(blocks), work // len(blocks))
     _cut_edges(dweight, bandwidth, channels)
     column_sum(dbias, dout)

@@ -4,10 +4,13 @@ NumPy releases the interpreter lock inside its loops, so plain threads scale. Bl
 every block writes its own rows, so the number of threads never changes a bit of the result.
 """
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.util import find_spec
 from math import prod
 
 import numpy as np
@@ -50,20 +53,61 @@ def rows_per_block(rows: int, row_floats: int) -> int:
     return -(-rows // blocks)
 
 
+def _openblas():
+    """(set, get): the functions for the number of threads of the OpenBLAS that NumPy uses; None if it uses another."""
+    try:
+        library = ctypes.CDLL(find_spec("numpy.linalg._umath_linalg").origin)
+    except OSError:
+        return None
+    for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
+        set_threads, get_threads = (f"{prefix}openblas_{verb}_num_threads{suffix}" for verb in ("set", "get"))
+        if hasattr(library, set_threads):
+            return getattr(library, set_threads), getattr(library, get_threads)
+    return None
+
+
+_blas = _openblas()
+
+
+@contextmanager
+def _one_blas_thread():
+    """OpenBLAS multiplies in the thread that calls it.
+
+    Left alone it would cut each of the small products of attention in pieces for its own threads and take them one
+    after another, whoever asks: twice as long on a quiet machine and up to a hundred times on a busy one.
+    """
+    if _blas is None:
+        yield
+        return
+    set_threads, get_threads = _blas
+    before = get_threads()
+    set_threads(1)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
 def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floats: int = 1) -> None:
-    """Call work(start, stop) for each block of rows, on all cores if `rows` of `row_floats` values are enough."""
+    """Call work(start, stop) for each block of rows, on all cores if `rows` of `row_floats` values are enough.
+
+    Threads take blocks in turn, so blocks may grow or shrink from first to last. What is all one block leaves the cores
+    to BLAS.
+    """
     starts = range(0, rows, block)
     threads = min(num_threads(), len(starts)) if 4 * row_floats * rows >= PARALLEL_BYTES else 1
 
-    def share(mine):
-        for start in mine:
+    def share(first):
+        for start in starts[first::threads]:
             work(start, min(start + block, rows))
 
+    if len(starts) <= 1:
+        share(0)
+        return
     while len(_workers) < threads - 1:
         _workers.append(ThreadPoolExecutor(1, thread_name_prefix="kernels.cpu"))
-    per_thread = -(-len(starts) // threads)
-    shares = [starts[i * per_thread : (i + 1) * per_thread] for i in range(threads)]
-    others = [worker.submit(share, mine) for worker, mine in zip(_workers, shares[1:])]
-    share(shares[0])
-    for other in others:
-        other.result()
+    with _one_blas_thread():
+        others = [worker.submit(share, first) for first, worker in enumerate(_workers[: threads - 1], 1)]
+        share(0)
+        for other in others:
+            other.result()

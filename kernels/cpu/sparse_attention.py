@@ -18,9 +18,10 @@ from kernels.cpu.attention import (
     attend,
     attend_backward,
     causal_scores,
+    for_heads,
+    for_queries,
     head_groups,
     heads,
-    rows_at_once,
     scaled_scores,
     split,
 )
@@ -61,24 +62,21 @@ def attention_mean(p, qkv, lse, NH, first, start=0):
 
     qkv (B,T,3C), lse (B,NH,Tq) of attention over all s <= t, row 0 at position start; S >= first + R.
     """
-    B, R, S = p.shape
+    B, R, _ = p.shape
     scale = 1 / sqrt(qkv.shape[2] // 3 // NH)
 
-    def batch_rows(begin, stop):
-        q, k, _ = split(qkv[begin:stop], NH)
-        for r in range(0, R, QUERIES):
-            rows = slice(r, min(r + QUERIES, R))
-            now, end = first + r, first + rows.stop
-            mean = p[begin:stop, rows]
-            mean[...] = 0
-            for h in head_groups(stop - begin, NH, end - now, end):
-                s = causal_scores(q[:, h, now:end], k[:, h, :end], now, scale)
-                s -= lse[begin:stop, h, now - start : end - start, None]
-                np.exp(s, out=s)
-                mean[..., :end] += _head_sum(s)
-            mean[..., :end] /= NH
+    def queries(b, now, end):
+        q, k, _ = split(qkv[b], NH)
+        mean = p[b, now - first : end - first]
+        mean[...] = 0
+        for h in head_groups(b.stop - b.start, NH, end - now, end):
+            s = causal_scores(q[:, h, now:end], k[:, h, :end], now, scale)
+            s -= lse[b, h, now - start : end - start, None]
+            np.exp(s, out=s)
+            mean[..., :end] += _head_sum(s)
+        mean[..., :end] /= NH
 
-    for_blocks(batch_rows, B, max(1, rows_at_once(NH, S)), NH * R * S)
+    for_queries(queries, B, NH, first + R, first)
 
 
 def sparse_attention_mean(p, qkv, lse, index, count, NH):
@@ -126,72 +124,68 @@ def _masked_forward(out, lse, qkv, index, NH, start=0):
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
 
-    def batch_rows(begin, stop):
-        q, k, v = split(qkv[begin:stop], NH)
-        o, log_sums = heads(out.reshape(B, T - start, -1)[begin:stop], NH), lse[begin:stop]
-        for first in range(start, T, QUERIES):
-            end = min(first + QUERIES, T)
-            rows = slice(first - start, end - start)
-            mask = _mask(index[begin:stop, rows], end, qkv.dtype)
-            keys = mask.shape[2]
-            for h in head_groups(stop - begin, NH, end - first, keys):
-                s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
-                s += mask[:, None]
-                attend(o[:, h, rows], log_sums[:, h, rows], s, v[:, h, :keys])
+    def queries(b, first, end):
+        q, k, v = split(qkv[b], NH)
+        rows = slice(first - start, end - start)
+        o, log_sums = heads(out.reshape(B, T - start, -1)[b, rows], NH), lse[b, :, rows]
+        mask = _mask(index[b, rows], end, qkv.dtype)
+        keys = mask.shape[2]
+        for h in head_groups(b.stop - b.start, NH, end - first, keys):
+            s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
+            s += mask[:, None]
+            attend(o[:, h], log_sums[:, h], s, v[:, h, :keys])
 
-    for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
+    for_queries(queries, B, NH, T, start)
 
 
 def _masked_backward(dqkv, dout, qkv, out, lse, index, NH):
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
 
-    def batch_rows(begin, stop):
-        q, k, v = split(qkv[begin:stop], NH)
-        dq, dk, dv = split(dqkv[begin:stop], NH)
-        do, o = (heads(x.reshape(B, T, -1)[begin:stop], NH) for x in (dout, out))
+    def some_heads(b, h):
+        q, k, v = (x[:, h] for x in split(qkv[b], NH))
+        dq, dk, dv = (x[:, h] for x in split(dqkv[b], NH))
+        do, o = (heads(x.reshape(B, T, -1)[b], NH)[:, h] for x in (dout, out))
+        log_sums = lse[b, h]
         for first in reversed(range(0, T, QUERIES)):
             end = min(first + QUERIES, T)
             rows = slice(first, end)
-            mask = _mask(index[begin:stop, rows], end, qkv.dtype)
+            mask = _mask(index[b, rows], end, qkv.dtype)
             keys = mask.shape[2]
-            for h in head_groups(stop - begin, NH, end - first, keys):
-                s = scaled_scores(q[:, h, rows], k[:, h, :keys], scale)
+            for n in head_groups(b.stop - b.start, h.stop - h.start, end - first, keys):
+                s = scaled_scores(q[:, n, rows], k[:, n, :keys], scale)
                 s += mask[:, None]
-                grads = dq[:, h, rows], dk[:, h, :keys], dv[:, h, :keys]
-                inputs = q[:, h, rows], k[:, h, :keys], v[:, h, :keys]
-                log_sums = lse[begin:stop, h, rows]
-                attend_backward(grads, inputs, do[:, h, rows], o[:, h, rows], log_sums, s, scale, end == T)
+                grads = dq[:, n, rows], dk[:, n, :keys], dv[:, n, :keys]
+                inputs = q[:, n, rows], k[:, n, :keys], v[:, n, :keys]
+                attend_backward(grads, inputs, do[:, n, rows], o[:, n, rows], log_sums[:, n, rows], s, scale, end == T)
 
-    for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
+    for_heads(some_heads, B, NH, T)
 
 
 def _masked_mean(p, qkv, lse, index, NH):
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
 
-    def batch_rows(begin, stop):
-        q, k, _ = split(qkv[begin:stop], NH)
-        for first in range(0, T, QUERIES):
-            end = min(first + QUERIES, T)
-            chosen = index[begin:stop, first:end]
-            mask = _mask(chosen, end, qkv.dtype)
-            keys = mask.shape[2]
-            total = scratch("sparse_attention_mean", (stop - begin, end - first, keys), qkv.dtype)
-            total.fill(0)
-            for h in head_groups(stop - begin, NH, end - first, keys):
-                s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
-                s += mask[:, None]
-                s -= lse[begin:stop, h, first:end, None]
-                np.exp(s, out=s)
-                total += _head_sum(s)
-            mean = p[begin:stop, first:end]
-            rows = keys * np.arange(total.shape[0] * (end - first)).reshape(total.shape[0], -1, 1)
-            np.take(total.reshape(-1), np.maximum(chosen, 0) + rows, out=mean, mode="clip")
-            mean /= NH
-            mean[chosen < 0] = 0
+    def queries(b, first, end):
+        q, k, _ = split(qkv[b], NH)
+        chosen = index[b, first:end]
+        mask = _mask(chosen, end, qkv.dtype)
+        keys = mask.shape[2]
+        total = scratch("sparse_attention_mean", (b.stop - b.start, end - first, keys), qkv.dtype)
+        total.fill(0)
+        for h in head_groups(b.stop - b.start, NH, end - first, keys):
+            s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
+            s += mask[:, None]
+            s -= lse[b, h, first:end, None]
+            np.exp(s, out=s)
+            total += _head_sum(s)
+        mean = p[b, first:end]
+        rows = keys * np.arange(total.shape[0] * (end - first)).reshape(total.shape[0], -1, 1)
+        np.take(total.reshape(-1), np.maximum(chosen, 0) + rows, out=mean, mode="clip")
+        mean /= NH
+        mean[chosen < 0] = 0
 
-    for_blocks(batch_rows, B, rows_at_once(NH, T), NH * T * T)
+    for_queries(queries, B, NH, T)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ from math import sqrt
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kernels.cpu.attention import QUERIES, add_product, head_groups, rows_at_once
-from kernels.cpu.blocks import for_blocks, scratch
+from kernels.cpu.attention import QUERIES, add_product, for_heads, for_queries, head_groups
+from kernels.cpu.blocks import scratch
 
 
 def platters(x, NH, D):
@@ -130,28 +130,26 @@ def torus_attention_forward(out, lse, qkv, a_s, a_d, NH, D, P, window=-1, wrap_d
     scale = 1 / sqrt(C3 // 3 // NH // D)
     geometry = Geometry(a_s, a_d, T, D, P, window, wrap_depth, causal)
 
-    def batch_rows(begin, stop):
-        q, k, v = _split(qkv[begin:stop], NH, D)
-        o = platters(out.reshape(B, T - start, -1)[begin:stop], NH, D)
-        log_sums = lse[begin:stop].swapaxes(2, 3)  # (B,NH,D,T-start)
-        for first in range(start, T, _tokens_per_block(D)):
-            end = min(first + _tokens_per_block(D), T)
-            keys, rows = end if causal else T, slice(first - start, end - start)
-            bias = geometry.block_bias(first, end, keys)
-            for h in head_groups(stop - begin, NH, D * (end - first), D * keys):
-                queries = _one_below_another("torus_queries", q[:, h, :, first:end])
-                s = _scores(queries, k[:, h, :, :keys], bias[h], scale)
-                top = s.max(axis=3)  # (B,n,D*t)
-                s -= top[..., None]
-                np.exp(s, out=s)
-                total = s.sum(axis=3)
-                a = _by_platter(s.reshape(*s.shape[:3], D, keys))
-                _add_platters(o[:, h, :, rows], a, v[:, h, :, :keys])
-                per_query = (*total.shape[:2], D, end - first)
-                o[:, h, :, rows] /= total.reshape(*per_query, 1)
-                log_sums[:, h, :, rows] = (top + np.log(total)).reshape(per_query)
+    def tokens(b, first, end):
+        q, k, v = _split(qkv[b], NH, D)
+        keys, rows = end if causal else T, slice(first - start, end - start)
+        o = platters(out.reshape(B, T - start, -1)[b, rows], NH, D)
+        log_sums = lse[b, :, rows].swapaxes(2, 3)  # (B,NH,D,t)
+        bias = geometry.block_bias(first, end, keys)
+        for h in head_groups(b.stop - b.start, NH, D * (end - first), D * keys):
+            queries = _one_below_another("torus_queries", q[:, h, :, first:end])
+            s = _scores(queries, k[:, h, :, :keys], bias[h], scale)
+            top = s.max(axis=3)  # (B,n,D*t)
+            s -= top[..., None]
+            np.exp(s, out=s)
+            total = s.sum(axis=3)
+            a = _by_platter(s.reshape(*s.shape[:3], D, keys))
+            _add_platters(o[:, h], a, v[:, h, :, :keys])
+            per_query = (*total.shape[:2], D, end - first)
+            o[:, h] /= total.reshape(*per_query, 1)
+            log_sums[:, h] = (top + np.log(total)).reshape(per_query)
 
-    for_blocks(batch_rows, B, rows_at_once(NH * D, T), NH * T * T * D * D)
+    for_queries(tokens, B, NH * D, T, start, _tokens_per_block(D))
 
 
 def torus_attention_backward(
@@ -169,16 +167,17 @@ def torus_attention_backward(
     geometry = Geometry(a_s, a_d, T, D, P, window, wrap_depth, causal)
     sums = np.zeros((2, B, NH))  # of ds times ds(i,j) and dd(k,l), by rows of the batch: added up in a fixed order
 
-    def batch_rows(begin, stop):
-        q, k, v = _split(qkv[begin:stop], NH, D)
-        dq, dk, dv = _split(dqkv[begin:stop], NH, D)
-        do, o = (platters(x.reshape(B, T, -1)[begin:stop], NH, D) for x in (dout, out))
-        log_sums = lse[begin:stop].swapaxes(2, 3)  # (B,NH,D,T)
+    def some_heads(b, mine):
+        q, k, v = (x[:, mine] for x in _split(qkv[b], NH, D))
+        dq, dk, dv = (x[:, mine] for x in _split(dqkv[b], NH, D))
+        do, o = (platters(x.reshape(B, T, -1)[b], NH, D)[:, mine] for x in (dout, out))
+        log_sums = lse[b, mine].swapaxes(2, 3)  # (B,NH,D,T)
+        ring_sums, depth_sums = sums[:, b, mine]
         for first in reversed(range(0, T, _tokens_per_block(D))):
             end = min(first + _tokens_per_block(D), T)
             keys, rows = end if causal else T, slice(first, end)
-            bias = geometry.block_bias(first, end, keys)
-            for h in head_groups(stop - begin, NH, D * (end - first), D * keys):
+            bias = geometry.block_bias(first, end, keys)[mine]
+            for h in head_groups(b.stop - b.start, mine.stop - mine.start, D * (end - first), D * keys):
                 queries = _one_below_another("torus_queries", q[:, h, :, rows])
                 douts = _one_below_another("torus_douts", do[:, h, :, rows])
                 a = _scores(queries, k[:, h, :, :keys], bias[h], scale)
@@ -192,15 +191,15 @@ def torus_attention_backward(
                 ds *= a
                 if da_s is not None:
                     ring, depth = _bias_sums(ds, geometry, first, end, keys)
-                    sums[0, begin:stop, h] += ring
-                    sums[1, begin:stop, h] += depth
+                    ring_sums[:, h] += ring
+                    depth_sums[:, h] += depth
                 ds *= scale
                 a, ds = _by_platter(a), _by_platter(ds)
                 _add_platters(dq[:, h, :, rows], ds, k[:, h, :, :keys])
                 add_product(dk[:, h, :, :keys], ds.swapaxes(3, 4), queries[:, :, None], end == T)
                 add_product(dv[:, h, :, :keys], a.swapaxes(3, 4), douts[:, :, None], end == T)
 
-    for_blocks(batch_rows, B, rows_at_once(NH * D, T), NH * T * T * D * D)
+    for_heads(some_heads, B, NH, T, D)
     if da_s is not None:
         da_s -= sums[0].sum(axis=0)
         da_d -= sums[1].sum(axis=0)
