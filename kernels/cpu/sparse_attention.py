@@ -27,14 +27,12 @@ from kernels.cpu.attention import (
 )
 from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
 
-# which form is faster, measured on one core (AVX-512) for T from 64 to 4096, C from 64 to 768, hs 16 to 64. for a key,
+# which form is faster, measured on 2 cores (AVX-512) for T from 256 to 4096, C from 64 to 768, heads of 64. for a key,
 # meeting it costs the masked backward pass HEAD_NS a head and CHANNEL_NS a channel, and the gathered one, forward and
-# backward, 14 to 24 times as much; this has KEY_NS of Python for each token on top when it goes backward
-HEAD_NS, CHANNEL_NS = 2.3, 0.064
-GATHERED, KEY_NS = 24, 3000
-# of the gathered backward pass: floats of q that are copied together for several keys, and blocks of keys that threads
-# share
-TAKEN, KEY_BLOCKS = 1 << 15, 8
+# backward, 19 to 34 times as much; this has KEY_NS of Python for each token on top when it goes backward
+HEAD_NS, CHANNEL_NS = 1.8, 0.05
+GATHERED, KEY_NS = 30, 4500
+TAKEN = 1 << 15  # floats of q that the gathered backward pass copies together for several keys
 
 
 def sparse_attention_forward(out, lse, qkv, index, count, NH, start=0):
@@ -304,31 +302,30 @@ def _sequence_backward(dqkv, dout, qkv, out, lse, index, NH):
     q, weights = qkv.reshape(3 * T, C), weights.reshape(T * K, 2, NH)
     most = max(1, TAKEN // C)
 
-    def keys(begin, stop):
-        while begin < stop:
-            end = begin + 1  # keys whose queries are taken together: one, or as many as fit
-            while end < stop and offsets[end + 1] - offsets[begin] <= most:
-                end += 1
-            mine = pairs[offsets[begin] : offsets[end]]
-            m = len(mine)
-            w = scratch("sparse_attention_key_weights", (m, 2, NH), qkv.dtype)
-            rows = scratch("sparse_attention_key_rows", (2, m, C), qkv.dtype)  # of q and dout
-            np.take(weights, mine, axis=0, out=w, mode="clip")
-            mine = mine // K
-            np.take(dout, mine, axis=0, out=rows[1], mode="clip")
-            mine *= 3
-            np.take(q, mine, axis=0, out=rows[0], mode="clip")
-            w = w.transpose(1, 2, 0)[:, :, None]  # (2,NH,1,m)
-            rows = rows.reshape(2, m, NH, C // NH).swapaxes(1, 2)  # (2,NH,m,hs)
-            for s in range(begin, end):
-                i, j = offsets[s] - offsets[begin], offsets[s + 1] - offsets[begin]
-                if i < j:
-                    np.matmul(w[..., i:j], rows[:, :, i:j], out=grads[s, 1:])
-                else:
-                    grads[s, 1:] = 0
-            begin = end
-
-    for_blocks(keys, T, -(-T // KEY_BLOCKS), 2 * K * C)
+    # in one thread: the products are small, and two would wait for each other's interpreter lock
+    begin = 0
+    while begin < T:
+        end = begin + 1  # keys whose queries are taken together: one, or as many as fit
+        while end < T and offsets[end + 1] - offsets[begin] <= most:
+            end += 1
+        mine = pairs[offsets[begin] : offsets[end]]
+        m = len(mine)
+        w = scratch("sparse_attention_key_weights", (m, 2, NH), qkv.dtype)
+        rows = scratch("sparse_attention_key_rows", (2, m, C), qkv.dtype)  # of q and dout
+        np.take(weights, mine, axis=0, out=w, mode="clip")
+        mine = mine // K
+        np.take(dout, mine, axis=0, out=rows[1], mode="clip")
+        mine *= 3
+        np.take(q, mine, axis=0, out=rows[0], mode="clip")
+        w = w.transpose(1, 2, 0)[:, :, None]  # (2,NH,1,m)
+        rows = rows.reshape(2, m, NH, C // NH).swapaxes(1, 2)  # (2,NH,m,hs)
+        for s in range(begin, end):
+            i, j = offsets[s] - offsets[begin], offsets[s + 1] - offsets[begin]
+            if i < j:
+                np.matmul(w[..., i:j], rows[:, :, i:j], out=grads[s, 1:])
+            else:
+                grads[s, 1:] = 0
+        begin = end
 
 
 def _inverse_lists(index, T):
