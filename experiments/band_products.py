@@ -5,7 +5,7 @@
 
 FC1 and FC2 of one layer, forward and backward (six products and the biases; no GELU), both banded with the same
 bandwidth. NumPy and PyTorch are processes of their own and take turns; OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are
-unset. Times are medians.
+unset. Times are medians, and so are ratios, each of two times in the same turn.
 """
 
 import sys
@@ -96,21 +96,26 @@ def work(program: str) -> None:
         print(sorted(step(bandwidth) for _ in range(RUNS))[RUNS // 2] * 1e3, flush=True)
 
 
-def measure(workers: dict, C: int, N: int, widths: list[int], repeats: int) -> dict[tuple[str, int], float]:
-    """Median milliseconds by (program, bandwidth), all taking turns."""
+def measure(workers: dict, C: int, N: int, widths: list[int], repeats: int) -> dict[tuple[str, int], np.ndarray]:
+    """Milliseconds of each turn by (program, bandwidth), all taking turns."""
     runs = [("ours", width) for width in (DENSE, *widths)]
     runs += [("torch", kind) for kind in (DENSE, MASKED) if "torch" in workers]
     times = {run: [] for run in runs}
     for _ in range(WARM_UP + repeats):
         for program, width in runs:
             times[program, width] += turns.turn(workers[program], f"{C} {N} {width}")
-    return {run: float(np.median(values[WARM_UP:])) for run, values in times.items()}
+    return {run: np.array(values[WARM_UP:]) for run, values in times.items()}
 
 
-def rows_of_size(C: int, N: int, ms: dict[tuple[str, int], float]) -> list[str]:
+def as_fast(ms: dict[tuple[str, int], np.ndarray], run: tuple[str, int]) -> float:
+    """How many times as fast as our dense layers: the median of the ratios in each turn."""
+    return float(np.median(ms["ours", DENSE] / ms[run]))
+
+
+def rows_of_size(C: int, N: int, ms: dict[tuple[str, int], np.ndarray]) -> list[str]:
     """The table's rows for a size."""
-    dense, rows = ms["ours", DENSE], []
-    for (program, width), time_ms in ms.items():
+    rows = []
+    for program, width in ms:
         if program == "torch":
             name = "PyTorch, weight * mask" if width == MASKED else "PyTorch, dense"
             density, how = "", ""
@@ -121,15 +126,14 @@ def rows_of_size(C: int, N: int, ms: dict[tuple[str, int], float]) -> list[str]:
             channels = best_channels(4 * C, C, width, N)
             name, density, how = f"w = {width}", f"{kept:.1%}", f"{channels} channels" if channels else "whole"
             how = f"{how}, ideal {1 / kept:.1f} x"
-        rows.append(f"| {C} | {N} | {name} | {density} | {how} | {time_ms:.2f} | {dense / time_ms:.2f} x |")
+        time_ms, ratio = np.median(ms[program, width]), as_fast(ms, (program, width))
+        rows.append(f"| {C} | {N} | {name} | {density} | {how} | {time_ms:.2f} | {ratio:.2f} x |")
     return rows
 
 
-def crossover(C: int, N: int, ms: dict[tuple[str, int], float]) -> str:
+def crossover(C: int, N: int, ms: dict[tuple[str, int], np.ndarray]) -> str:
     """The densest band that was at least 3% faster than dense."""
-    faster = [
-        width for (program, width), t in ms.items() if program == "ours" and width and t < ms["ours", DENSE] / 1.03
-    ]
+    faster = [run[1] for run in ms if run[0] == "ours" and as_fast(ms, run) > 1.03]
     if not faster:
         return f"| {C} | {N} | none measured |"
     return f"| {C} | {N} | {cpu.band_count(4 * C, C, max(faster)) / (4 * C * C):.1%} (w = {max(faster)}) |"
