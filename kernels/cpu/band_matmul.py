@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kernels.cpu.band_mask import band_columns
+from kernels.cpu.band_mask import band_columns, band_mask
 from kernels.cpu.blocks import for_blocks, scratch
 from kernels.cpu.column_sum import column_sum
 from kernels.cpu.matmul import add_bias, matmul_backward, matmul_forward
@@ -21,11 +21,10 @@ CHANNELS = (8, 16, 32, 64, 128)  # in a block; of the 4C hidden units four times
 # chosen by this were 3% slower on average than the fastest ones, most of which is noise
 BORDER = 24
 CALL = 2.7e5  # multiplications that BLAS makes in these 3 us
-WHOLE = 64  # channels at a time to zero what is outside, after a product of the whole
 # multiplications of a weight gradient from which on our threads take a block each: up to 20% faster than OpenBLAS's,
 # which share every block, but which are awake sooner
 OWN_THREADS = 2e8
-GAIN = 0.8  # of the time of the whole weight: what blocks must promise, so that they never lose
+GAIN = 0.84  # of the time of the whole weight: what blocks must promise, so that they never lose
 
 
 @lru_cache(maxsize=64)
@@ -69,6 +68,14 @@ def _edges(rows, columns, bandwidth, channels):
     return edges
 
 
+@lru_cache(maxsize=4)
+def _mask(rows, columns, bandwidth):
+    """(rows,columns), 1 inside the band and 0 outside: after a product of the whole, faster than cutting edges"""
+    mask = np.ones((1, rows, columns), np.float32)
+    band_mask(mask, bandwidth)
+    return mask[0]
+
+
 def _cut_edges(weight, bandwidth, channels):
     """Zero what lies outside the band in the blocks of a (rows,columns) weight."""
     for rows, columns, mask in _edges(*weight.shape, bandwidth, channels):
@@ -93,10 +100,7 @@ def band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth, bet
     if not channels:
         matmul_backward(dinp, dweight, dbias, dout, inp, weight, beta)
         if bandwidth:
-            for rows, columns in blocks_of_band(OC, C, bandwidth, WHOLE):
-                dweight[rows, : columns.start] = 0
-                dweight[rows, columns.stop :] = 0
-            _cut_edges(dweight, bandwidth, WHOLE)
+            dweight *= _mask(OC, C, bandwidth)
         return
     for columns, rows in blocks_of_band(C, OC, bandwidth, channels):  # the band of the transposed weight
         np.matmul(dout[:, rows], weight[rows, columns], out=dinp[:, columns])
