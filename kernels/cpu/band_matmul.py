@@ -17,10 +17,11 @@ from kernels.cpu.matmul import add_bias, matmul_backward, matmul_forward
 
 CHANNELS = (8, 16, 32, 64, 128)  # in a block; of the 4C hidden units four times as many
 # measured at C = 128 to 1024, bandwidth C/4 to 2C, B*T = 256 to 4096, OpenBLAS on 2 cores with AVX-512: a product of N
-# tokens and a (rows,columns) block takes as long as if the block had 24 rows and 24 columns more, and 3 us. Blocks
+# tokens and a (rows,columns) block takes as long as if the block had 24 rows and 24 columns more, and 4 us. Blocks
 # chosen by this were 3% slower on average than the fastest ones, most of which is noise
 BORDER = 24
-CALL = 2.7e5  # multiplications that BLAS makes in these 3 us
+CALL = 3.4e5  # multiplications that BLAS makes in these 4 us
+TOKENS = 64  # what a weight costs however few tokens meet it, as it is read and packed; measured at 1 to 16 of them
 # multiplications of a weight gradient from which on our threads take a block each: up to 20% faster than OpenBLAS's,
 # which share every block, but which are awake sooner
 OWN_THREADS = 2e8
@@ -45,7 +46,7 @@ def best_channels(rows, columns, bandwidth, N):
     """The channels of a block that promise to be fastest for N rows of input; 0 if the whole weight is as fast."""
 
     def cost(blocks):
-        return sum((r.stop - r.start + BORDER) * (c.stop - c.start + BORDER) + CALL / N for r, c in blocks)
+        return sum((r.stop - r.start + BORDER) * (c.stop - c.start + BORDER) + CALL / (N + TOKENS) for r, c in blocks)
 
     whole = [(slice(0, rows), slice(0, columns))]
     costs = {channels: cost(blocks_of_band(rows, columns, bandwidth, channels)) for channels in CHANNELS}
