@@ -57,7 +57,7 @@ def _openblas():
     """(set, get): the functions for the number of threads of the OpenBLAS that NumPy uses; None if it uses another."""
     try:
         library = ctypes.CDLL(find_spec("numpy.linalg._umath_linalg").origin)
-    except OSError:
+    except (AttributeError, OSError):  # there is no such module, or it cannot be opened this way
         return None
     for prefix, suffix in (("scipy_", "64_"), ("scipy_", ""), ("", "64_"), ("", "")):
         set_threads, get_threads = (f"{prefix}openblas_{verb}_num_threads{suffix}" for verb in ("set", "get"))

@@ -7,6 +7,7 @@ import numpy as np
 
 @lru_cache(maxsize=64)
 def ones(N, dtype):
+    """(N), made once."""
     return np.ones(N, dtype)
 
 
