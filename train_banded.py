@@ -18,23 +18,24 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.band_mask import band_mask
 from llmc import loop, options, table
 from llmc.checkpoint import (
     BANDED,
     DENSE,
     MATRICES,
-    DeepSeekConfig,
     GPT2Config,
     Model,
+    check_trains,
     named_views,
     num_parameters,
     tensor_shapes,
 )
 from llmc.cli import ArgumentParser, flag01, natural
-from llmc.dataloader import DataLoader
 from llmc.errors import UserError, run
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
+from llmc.rand import permutation
 from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
 from llmc.tokenizer import end_of_text, open_tokenizer
@@ -57,7 +58,10 @@ Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM
 BY_W, BY_12, INIT = {"bandwidth", "dense"}, {"fc1_bandwidth", "fc2_bandwidth"}, {"mask_init", "band_init", "permute"}
 
 
-FAN_IN = 1  # of --band-init, in the header behind the two bandwidths; then the seed of --permute
+# the header fields: bandwidths of FC1 and FC2, FAN_IN if --band-init scaled the weights, --permute's seed, and which
+# generator drew its order
+FAN_IN = 1
+BY_NUMPY, BY_MERSENNE = range(2)  # default_rng, in files of before; llm.c's Mersenne Twister
 
 
 def arguments() -> ArgumentParser:
@@ -81,15 +85,16 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
 
     typed: the names of the flags that were given.
     """
-    if model.kind not in (DENSE, BANDED):
-        raise UserError(f"{args.model}: kind {model.kind}, expected a dense or banded GPT-2", "use its own trainer")
-    if isinstance(model.config, DeepSeekConfig):
-        raise UserError(f"{args.model}: has MLA or MoE, expected a GPT-2", "python train_sparse_attn.py trains it")
+    check_trains(args.model, model, "train_banded.py")
     saved = model.fields[:2] if model.kind == BANDED else (0, 0)
-    if min(saved) < 0 or (model.kind == BANDED and model.fields[3] < 0):
-        found = f"bandwidths {saved[0]} and {saved[1]}, seed of the order {model.fields[3]}"
-        raise UserError(f"{args.model}: {found}, expected none below 0", "save it again")
+    if model.kind == BANDED:
+        seed, drawn_by = model.fields[3:5]
+        if min(*saved, seed) < 0 or drawn_by not in (BY_NUMPY, BY_MERSENNE):
+            found = f"bandwidths {saved[0]} and {saved[1]}, order {drawn_by} of seed {seed}"
+            expected = f"expected none below 0, order {BY_NUMPY} or {BY_MERSENNE}"
+            raise UserError(f"{args.model}: {found}, {expected}", "train it again from its model file")
     if args.resume:
+        check_in_band(args.model, model)
         if typed & (BY_W | BY_12 | INIT):
             hint = f"for another band start a new run from its weights: -e {args.resume}"
             flags = "no -w, -d, -1, -2, --mask-init, --band-init or --permute"
@@ -101,10 +106,31 @@ def choose_bands(args: Namespace, typed: set[str], model: Model) -> tuple[int, i
         return 0, 0
     if args.bandwidth is not None:
         return max(args.bandwidth, 1), 0  # -w 0 keeps the centres alone, and so does 1: here 0 is not dense
-    return saved if model.kind == BANDED else (256, 0)
+    if model.kind == BANDED:
+        check_in_band(args.model, model)
+        return saved
+    return 256, 0
 
 
-def rescale_to_fan_in(device, args: Namespace, file: Model, bands: tuple[int, int]):
+def check_in_band(path: str, model: Model):
+    """Raise UserError if a banded model file has weights outside its bands, which training would silently drop."""
+    fc1, fc2, _, seed, drawn_by = model.fields[:5] if model.kind == BANDED else (0,) * 5
+    weights = named_views(model.params, tensor_shapes(model.config))
+    for name, bandwidth in (("fcw", fc1), ("fcprojw", fc2)):
+        if bandwidth:
+            weight = weights[name]
+            if seed and name == "fcw":
+                weight = weight[:, hidden_order(model.config, seed, drawn_by)[0]]
+            kept = np.ones((1, *weight.shape[1:]), bool)
+            band_mask(kept, bandwidth)
+            if outside := int(np.count_nonzero(weight[:, ~kept[0]])):
+                found = f"{outside} weights of {name} that are not 0 lie outside its band of {bandwidth}"
+                order = f" (hidden units in order {drawn_by} of seed {seed})" if seed else ""
+                hint = f"-e {path} with -w or -1 and -2 makes a band of it, and drops them"
+                raise UserError(f"{path}: {found}{order}", hint)
+
+
+def rescale_to_fan_in(device, args: Namespace, file: Model, bands: tuple[int, int], drawn_by: int):
     """Scale each row of the banded weights by sqrt(all its inputs / those that the band keeps), in place.
 
     Outputs then have the variance of the dense layer's at the start, whose weights had that many inputs to add up.
@@ -118,13 +144,16 @@ def rescale_to_fan_in(device, args: Namespace, file: Model, bands: tuple[int, in
             weight = named_views(file.params, tensor_shapes(file.config))[name]  # (L,OC,C)
             kept = np.array(device.band_fan_in(*weight.shape[1:], bandwidth))
             if args.permute and name == "fcw":
-                kept = kept[hidden_order(file.config, args.permute)[1]]
+                kept = kept[hidden_order(file.config, args.permute, drawn_by)[1]]
             weight *= np.sqrt(weight.shape[2] / np.maximum(kept, 1)).astype(np.float32)[:, None]
 
 
-def hidden_order(config: GPT2Config, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hidden_order(config: GPT2Config, seed: int, drawn_by: int = BY_MERSENNE) -> tuple[np.ndarray, np.ndarray]:
     """--permute's order: FC1's p-th hidden unit is number order[p]; unit j is its position[j]-th. Both (4C) int32."""
-    order = np.random.default_rng(seed).permutation(4 * config.C).astype(np.int32)
+    if drawn_by == BY_NUMPY:  # NumPy may change this stream: then check_in_band refuses the file
+        order = np.random.default_rng(seed).permutation(4 * config.C).astype(np.int32)
+    else:
+        order = permutation(4 * config.C, seed)
     return order, np.argsort(order).astype(np.int32)
 
 
@@ -188,7 +217,16 @@ class GPT2:
     """GPT-2 on a device: parameters, gradients, m and v are one flat float32 buffer each, with a view per tensor."""
 
     def __init__(
-        self, device, config: GPT2Config, params: np.ndarray, B, T, fc1_bandwidth=0, fc2_bandwidth=0, permute=0
+        self,
+        device,
+        config: GPT2Config,
+        params: np.ndarray,
+        B,
+        T,
+        fc1_bandwidth=0,
+        fc2_bandwidth=0,
+        permute=0,
+        drawn_by=BY_MERSENNE,
     ):
         """permute: seed of the order of hidden units along FC1's band, 0 for their own, which is that of files and FC2.
 
@@ -198,9 +236,9 @@ class GPT2:
         self.fc1_bandwidth, self.fc2_bandwidth = fc1_bandwidth, fc2_bandwidth  # 0 = dense
         self.kernel, self.scaled = "band", False  # --kernel; whether the weights were scaled to the band's fan-in
         self.masked, self.fc1, self.fc2 = False, 0, 0  # the bands of the products: none until the weights are masked
-        self.permute = permute
+        self.permute, self.drawn_by = permute, drawn_by
         if permute:
-            self.order, self.position = hidden_order(config, permute)
+            self.order, self.position = hidden_order(config, permute, drawn_by)
             self.to_fc1, self.from_fc1 = (device.to_device(index) for index in (self.order, self.position))
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = self._buffer(params)
@@ -406,12 +444,13 @@ class GPT2:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
+def save(args: Namespace, model: GPT2, step: int, work: loop.Workload, sampler: Sampler):
     """Write the checkpoint, bands in its header, and the optimizer state for a run that goes on at `step`."""
     host, bands = model.in_file_order, (model.fc1_bandwidth, model.fc2_bandwidth)
-    kind, fields = (BANDED, (*bands, FAN_IN * model.scaled, model.permute)) if any(bands) else (DENSE, ())
+    fields = (*bands, FAN_IN * model.scaled, model.permute, model.drawn_by)
+    kind, fields = (BANDED, fields) if any(bands) else (DENSE, ())
     file = Model(model.config, host(model.params_flat), step, kind=kind, fields=fields)
-    loop.save(args, file, host(model.m_flat), host(model.v_flat), loader, sampler)
+    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), work, sampler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -420,10 +459,11 @@ def main(argv: list[str] | None = None) -> int:
     typed = parser.explicit(argv)
     if typed & BY_W and typed & BY_12:
         raise UserError("-w or -d given together with -1 or -2", "-w N is -1 N -2 0: keep to one of the two", 2)
-    args, file, state = options.parse_options(parser, argv)
+    args, file, state = options.parse_options(parser, argv, "train_banded.py")
     bands = choose_bands(args, typed, file)
+    drawn_by = BY_MERSENNE
     if file.kind == BANDED and "permute" not in typed:
-        args.permute = file.fields[3]
+        args.permute, drawn_by = file.fields[3:5]
     if "permute" in typed and args.permute and not bands[0]:
         raise UserError("--permute: it is FC1's band that it moves, and FC1 is dense", "add -w N or -1 N", 2)
     if args.band_init == "fan-in" and not any(bands):
@@ -434,35 +474,23 @@ def main(argv: list[str] | None = None) -> int:
     start_token = end_of_text(tokenizer, config.V)
     sampler = Sampler(args.seed or 1337)
 
-    # the data; one batch to overfit is the first of the validation data, as in train_gpt2.cu
-    train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
-    train_loader = DataLoader(train_data, B, T, vocab_size=config.V, shuffle=shuffle, seed=args.seed or 42)
-    val_loader = DataLoader(args.val_data, B, T, vocab_size=config.V)
-    start = state.step if state else 0
-    steps = args.steps if args.steps > 0 else train_loader.num_batches // grad_accum
-    if steps == 0:
-        found = f"{train_data} has {train_loader.num_batches} batches, fewer than one step takes"
-        raise UserError(f"--grad-accum {grad_accum}: {found}", "lower --grad-accum, or name the steps by -n")
-    if start >= steps:
-        hint = "-n is the number of steps in all, give a larger one"
-        raise UserError(f"-n {steps}: {args.model} is at step {start} already", hint)
-    val_batches = val_loader.num_batches if args.val_batches <= 0 else min(args.val_batches, val_loader.num_batches)
+    work = loop.open_data(args, config, state)
+    start, steps = work.start, work.steps
 
     table.heading()
     print_bands(args, bands)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
     print_masks(device, args, config, bands)
-    options.print_workload(steps, val_batches)
+    options.print_workload(steps, work.val_batches)
 
     if args.band_init == "fan-in" and not state:
-        rescale_to_fan_in(device, args, file, bands)
+        rescale_to_fan_in(device, args, file, bands, drawn_by)
     print(f"allocated {file.params.nbytes >> 20} MiB for model parameters")
-    model = GPT2(device, config, file.params, B, T, *bands, args.permute if any(bands) else 0)
+    model = GPT2(device, config, file.params, B, T, *bands, args.permute if any(bands) else 0, drawn_by)
     model.kernel, model.scaled = args.kernel, args.band_init == "fan-in" or scaled_before(file)
     if state:
         model.allocate_moments(state.m, state.v)
-        train_loader.restore(state.shard, state.sample, state.shuffle)
         sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     if state or args.mask_init:
@@ -477,16 +505,16 @@ def main(argv: list[str] | None = None) -> int:
             last_step = step == steps
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, train_loader, sampler)
+                    save(args, model, step, work, sampler)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, val_loader, val_batches)
-                loop.check_finite("val", val_loss, step, args.model)
+                val_loss = loop.evaluate(model, work.val_loader, work.val_batches)
+                loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, train_loader, sampler)
+                save(args, model, step, work, sampler)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
             if last_step:
@@ -494,13 +522,13 @@ def main(argv: list[str] | None = None) -> int:
 
             started = time.perf_counter()
             if args.overfit_batch:
-                train_loader.reset()
+                work.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*train_loader.next_batch(), grad_accum)
+                model.forward(*work.train_loader.next_batch(), grad_accum)
                 model.backward(first=micro_step == 0)
                 loss += model.mean_loss() / grad_accum
-            loop.check_finite("train", loss, step + 1, args.model)
+            loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
             device.synchronize()
@@ -514,7 +542,7 @@ def main(argv: list[str] | None = None) -> int:
     log.close()
 
     if not last_step:
-        loop.print_stopped("train_banded.py", args, step, start)
+        loop.print_stopped(args, step, start)
         return interrupt.exit_code
     loop.print_finished(args, device, step - start, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step

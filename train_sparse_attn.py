@@ -35,10 +35,10 @@ from llmc.checkpoint import (
     tensor_shapes,
 )
 from llmc.cli import ArgumentParser, flag01, natural, natural_float, positive_float, positive_int
-from llmc.dataloader import DataLoader
-from llmc.errors import UserError, run
+from llmc.errors import run
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
+from llmc.rand import normals
 from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
 from llmc.selection import Agreement, report
@@ -119,7 +119,7 @@ def arguments() -> ArgumentParser:
 def extra_init(device, file: Model, s: Sparsity, path: str, seed: int) -> np.ndarray:
     """Values of the extra tensors, flat: the file's where it has them, else drawn."""
     config = file.config
-    shapes, generator = extra_shapes(config, s), np.random.default_rng(seed)
+    shapes, generator = extra_shapes(config, s), normals(seed)
     flat = np.zeros(sum(map(math.prod, shapes.values())), np.float32)
     views = named_views(flat, shapes)
     for name, values in views.items():
@@ -247,6 +247,10 @@ class GPT2:
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
         return float(self.losses().mean())
+
+    def mean_kl(self) -> float:
+        """The indexer's loss, a mean over layers and queries, of the last backward that trained it."""
+        return sum(float(kl().mean()) for kl in self.divergences) / self.config.L
 
     def _layer(self, l: int, v, s, residual, start: int):
         """One layer over the rows `residual` (N,C) at positions start.. : v keeps what backward needs, s is scratch."""
@@ -440,6 +444,7 @@ class GPT2:
         if indexer:
             for l in reversed(range(L)):
                 self._indexer_backward(l, self.layers[l], beta)
+            self.divergences = [ops.to_host_later(v.kl) for v in self.layers]
         if not model:
             return
         d.residual.fill(0)
@@ -658,21 +663,27 @@ def views_of(buffers: SimpleNamespace, shapes: dict) -> SimpleNamespace:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
+def save(args: Namespace, model: GPT2, step: int, work: loop.Workload, sampler: Sampler):
     """Write the checkpoint, attention in its header, and the optimizer state for a run that goes on at `step`."""
-    host, own = model.ops.to_host, model.own
+    s, host, own = model.sparsity, model.ops.to_host, model.own
+    if (
+        s.indexer != "none" and s.attention == "sparse" and not s.leak
+    ):  # its loss may fail where the language's does not
+        work.val_loader.reset()
+        divergences, _, _ = model.measure(work.val_loader.next_batch()[0])
+        loop.check_finite("indexer's", sum(divergences), step, args)
     params = host(model.params_flat)
     plain = model.sparsity.attention == "dense" and not model.extra
     kind, fields = (DENSE, ()) if plain else (SPARSE_ATTENTION, model.sparsity.fields())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, file, host(model.m_flat), host(model.v_flat), loader, sampler)
+    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), work, sampler)
 
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
     parser = arguments()
     typed = parser.explicit(argv)
-    args, file, state = options.parse_options(parser, argv)
+    args, file, state = options.parse_options(parser, argv, "train_sparse_attn.py")
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
@@ -681,25 +692,14 @@ def main(argv: list[str] | None = None) -> int:
     start_token = end_of_text(tokenizer, config.V)
     sampler = Sampler(args.seed or 1337)
 
-    # the data; one batch to overfit is the first of the validation data, as in train_gpt2.cu
-    train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
-    train_loader = DataLoader(train_data, B, T, vocab_size=config.V, shuffle=shuffle, seed=args.seed or 42)
-    val_loader = DataLoader(args.val_data, B, T, vocab_size=config.V)
-    start = state.step if state else 0
-    steps = args.steps if args.steps > 0 else train_loader.num_batches // grad_accum
-    if steps == 0:
-        found = f"{train_data} has {train_loader.num_batches} batches, fewer than one step takes"
-        raise UserError(f"--grad-accum {grad_accum}: {found}", "lower --grad-accum, or name the steps by -n")
-    if start >= steps:
-        hint = "-n is the number of steps in all, give a larger one"
-        raise UserError(f"-n {steps}: {args.model} is at step {start} already", hint)
-    val_batches = val_loader.num_batches if args.val_batches <= 0 else min(args.val_batches, val_loader.num_batches)
+    work = loop.open_data(args, config, state)
+    start, steps = work.start, work.steps
 
     table.heading()
     print_sparsity(config, sparsity, T)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
-    options.print_workload(steps, val_batches)
+    options.print_workload(steps, work.val_batches)
 
     extra = extra_init(device, file, sparsity, args.model, args.seed or 1337)
     print(f"allocated {(file.params.nbytes + extra.nbytes) >> 20} MiB for model parameters")
@@ -710,7 +710,6 @@ def main(argv: list[str] | None = None) -> int:
     learns = args.train_indexer and sparsity.indexer != "none" and sparsity.attention == "sparse" and not sparsity.leak
     if state:
         model.allocate_moments(state.m, state.v)
-        train_loader.restore(state.shard, state.sample, state.shuffle)
         sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     schedule = dict(warmup=args.warmup, final_frac=args.final_lr_frac)
@@ -723,22 +722,22 @@ def main(argv: list[str] | None = None) -> int:
             last_step = step == steps
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, train_loader, sampler)
+                    save(args, model, step, work, sampler)
                 break
             warming_up = step < warmup
             model.dense, model.draw = sparsity.attention == "dense" or warming_up, 0
             if step == warmup > 0:
                 print(f"indexer warmed up: from step {step + 1} attention is sparse and both learn", flush=True)
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0) or step == warmup > 0:
-                val_loss = loop.evaluate(model, val_loader, val_batches)
-                loop.check_finite("val", val_loss, step, args.model)
+                val_loss = loop.evaluate(model, work.val_loader, work.val_batches)
+                loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
                 if sparsity.attention == "sparse" or args.answers_after:
-                    report(model, val_loader, val_batches, args, log, step)
+                    report(model, work.val_loader, work.val_batches, args, log, step)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, train_loader, sampler)
+                save(args, model, step, work, sampler)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
             if last_step:
@@ -746,13 +745,15 @@ def main(argv: list[str] | None = None) -> int:
 
             started = time.perf_counter()
             if args.overfit_batch:
-                train_loader.reset()
+                work.train_loader.reset()
             model.draw, loss = step + 1, 0.0
             for micro_step in range(grad_accum):
-                model.forward(*train_loader.next_batch(), grad_accum)
+                model.forward(*work.train_loader.next_batch(), grad_accum)
                 model.backward(micro_step == 0, model=not warming_up, indexer=learns)
                 loss += model.mean_loss() / grad_accum
-            loop.check_finite("train", loss, step + 1, args.model)
+                if learns:
+                    loop.check_finite("indexer's", model.mean_kl(), step + 1, args)
+            loop.check_finite("train", loss, step + 1, args)
             at, length = (step, warmup) if warming_up else (step - warmup, steps - warmup)
             indexer_lr = args.indexer_lr if warming_up else args.indexer_lr_sparse
             lr, indexer_lr = (
@@ -770,7 +771,7 @@ def main(argv: list[str] | None = None) -> int:
     log.close()
 
     if not last_step:
-        loop.print_stopped("train_sparse_attn.py", args, step, start)
+        loop.print_stopped(args, step, start)
         return interrupt.exit_code
     loop.print_finished(args, device, step - start, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step

@@ -26,11 +26,11 @@ import numpy as np
 from llmc import loop, options, table
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, any_int, flag01, natural, natural_float, positive_int
-from llmc.dataloader import DataLoader
 from llmc.errors import UserError, run
 from llmc.init import gpt2_init
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
+from llmc.rand import normals
 from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
 from llmc.tokenizer import end_of_text, open_tokenizer
@@ -55,7 +55,7 @@ def arguments() -> ArgumentParser:
     parser = ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
     add = parser.add_argument_group("toroidal attention (kept in the file: not for one that is toroidal)").add_argument
     add("--layers", default="0", help="layers to replace: 0,6 or first:N, last:N, none")
-    add("--depth", type=positive_int, default=2, help="platters D that a head is cut into")
+    add("--depth", type=positive_int, help="platters D that a head is cut into (default: 2, 1 for an odd head size)")
     add("--period", type=positive_int, help="positions P of the ring (default: -t)")
     add("--lambda", type=natural_float, default=1.0, help="weight of the distance, of sequence and of depth")
     add("--learn-lambda", type=flag01, default=False, help="1: learn it, for each head, sequence and depth apart")
@@ -91,7 +91,7 @@ def extra_init(device, file: Model, torus: Torus, seed: int) -> np.ndarray:
     """Values of lambda and of the fusion's factors, flat: the file's if it is toroidal, else new ones."""
     if file.kind == TOROIDAL:
         return file.extra
-    shapes, generator = extra_shapes(file.config, torus), np.random.default_rng(seed)
+    shapes, generator = extra_shapes(file.config, torus), normals(seed)
     flat = np.zeros(sum(map(math.prod, shapes.values())), np.float32)
     views = named_views(flat, shapes)
     for i in range(len(torus.layers)):
@@ -458,19 +458,19 @@ def views_of(buffers: SimpleNamespace, shapes: dict) -> SimpleNamespace:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, loader: DataLoader, sampler: Sampler):
+def save(args: Namespace, model: GPT2, step: int, work: loop.Workload, sampler: Sampler):
     """Write the checkpoint, replaced layers in its header, and the optimizer state for a run that goes on at `step`."""
     params, own = model.ops.to_host(model.params_flat), num_parameters(model.config)
     kind, fields = (TOROIDAL, model.torus.fields()) if model.extra else (DENSE, ())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, file, *model.moments(), loader, sampler)
+    loop.save(args, model, file, *model.moments(), work, sampler)
 
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
     parser = arguments()
     typed = parser.explicit(argv)
-    args, file, state = options.parse_options(parser, argv)
+    args, file, state = options.parse_options(parser, argv, "train_toroidal.py")
     torus = choose_torus(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     if args.train == "replaced" and not torus.layers and args.steps != 0:
@@ -487,19 +487,8 @@ def main(argv: list[str] | None = None) -> int:
     start_token = end_of_text(tokenizer, config.V)
     sampler = Sampler(args.seed or 1337)
 
-    # the data; one batch to overfit is the first of the validation data, as in train_gpt2.cu
-    train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
-    train_loader = DataLoader(train_data, B, T, vocab_size=config.V, shuffle=shuffle, seed=args.seed or 42)
-    val_loader = DataLoader(args.val_data, B, T, vocab_size=config.V)
-    start = state.step if state else 0
-    steps = args.steps if args.steps >= 0 else args.epochs * train_loader.num_batches // grad_accum
-    if steps == 0 and args.steps < 0:
-        found = f"{train_data} has {train_loader.num_batches} batches, fewer than one step takes"
-        raise UserError(f"--grad-accum {grad_accum}: {found}", "lower --grad-accum, or name the steps by -n")
-    if start >= steps > 0 or start > steps:
-        hint = "-n is the number of steps in all, give a larger one"
-        raise UserError(f"-n {steps}: {args.model} is at step {start} already", hint)
-    val_batches = val_loader.num_batches if args.val_batches <= 0 else min(args.val_batches, val_loader.num_batches)
+    work = loop.open_data(args, config, state, args.epochs)
+    start, steps = work.start, work.steps
 
     if args.init == "random" and not state and torus.layers:
         replace_attention(file, torus.layers, args.seed or 42)
@@ -510,11 +499,10 @@ def main(argv: list[str] | None = None) -> int:
     print_torus(config, torus, model.num_trained, args)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
-    options.print_workload(steps, val_batches)
+    options.print_workload(steps, work.val_batches)
     print(f"allocated {params.nbytes >> 20} MiB for model parameters")
     if state:
         model.allocate_moments(state.m, state.v)
-        train_loader.restore(state.shard, state.sample, state.shuffle)
         sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
@@ -531,11 +519,11 @@ def main(argv: list[str] | None = None) -> int:
             args.best_loss, args.worse = None if best == math.inf else best, worse
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, train_loader, sampler)
+                    save(args, model, step, work, sampler)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, val_loader, val_batches)
-                loop.check_finite("val", val_loss, step, args.model)
+                val_loss = loop.evaluate(model, work.val_loader, work.val_batches)
+                loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}\nperplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 log.val(step, val_loss)
                 best, worse = (val_loss, 0) if val_loss < best else (best, worse + 1)
@@ -546,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
                 print_memory(model, device.memory_used() - before)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, train_loader, sampler)
+                save(args, model, step, work, sampler)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
             if last_step:
@@ -554,13 +542,13 @@ def main(argv: list[str] | None = None) -> int:
 
             started = time.perf_counter()
             if args.overfit_batch:
-                train_loader.reset()
+                work.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*train_loader.next_batch(), grad_accum)
+                model.forward(*work.train_loader.next_batch(), grad_accum)
                 model.backward(first=micro_step == 0)
                 loss += model.mean_loss() / grad_accum
-            loop.check_finite("train", loss, step + 1, args.model)
+            loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
             device.synchronize()
@@ -574,7 +562,7 @@ def main(argv: list[str] | None = None) -> int:
     log.close()
 
     if not last_step:
-        loop.print_stopped("train_toroidal.py", args, step, start)
+        loop.print_stopped(args, step, start)
         return interrupt.exit_code
     print(f"memory: {device.memory_used() >> 20} MiB")
     loop.print_finished(args, device, step - start, seconds)

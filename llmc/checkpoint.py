@@ -13,6 +13,7 @@ the tensors of `tensor_shapes`.
 """
 
 import os
+import shlex
 from dataclasses import astuple, dataclass, field
 from math import prod
 from typing import BinaryIO
@@ -88,6 +89,25 @@ class Model:
     fields: tuple[int, ...] = ()
     extra: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     version: int = FLOAT32
+
+
+def trainer_of(model: Model) -> str | None:
+    """The script that trains this kind of model; None for a plain GPT-2, which all of them take."""
+    if isinstance(model.config, DeepSeekConfig):
+        return "train_sparse_attn.py"
+    return {BANDED: "train_banded.py", SPARSE_ATTENTION: "train_sparse_attn.py", TOROIDAL: "train_toroidal.py"}.get(
+        model.kind
+    )
+
+
+def check_trains(path: str | os.PathLike, model: Model, trainer: str) -> None:
+    """Raise UserError, naming the trainer to use, unless the model is a plain GPT-2 or of this trainer's kind."""
+    what = ("a GPT-2", "a GPT-2 with banded MLPs", "a GPT-2 with sparse attention", "a GPT-2 with toroidal attention")
+    found = "a model with MLA or MoE" if isinstance(model.config, DeepSeekConfig) else what[model.kind]
+    other = trainer_of(model)
+    if other not in (None, trainer):
+        hint = f"python {other} -e {shlex.quote(os.fspath(path))}"
+        raise UserError(f"{path}: {found}, which {trainer} does not train", hint)
 
 
 def tensor_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:

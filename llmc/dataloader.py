@@ -9,11 +9,11 @@ s*nproc*B*T + r*B*T on: inputs are its first B*T, targets its last, so that neig
 
 import glob
 import os
-from array import array
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmc import rand
 from llmc.errors import UserError, explain_os_error
 from llmc.files import HEADER_BYTES, HEADER_INTS, atomic_write, check_size, open_file, read_array, read_header
 
@@ -95,8 +95,11 @@ class DataLoader:
             raise UserError(
                 f"{pattern}: no such token data", "make data, or give a pattern in quotes: 'data/*_train_*.bin'"
             )
-        self.num_tokens = sum(map(self._count_enough_tokens, self.paths))
+        counts = [self._count_enough_tokens(path) for path in self.paths]
+        self.num_tokens = sum(counts)
+        # llm.c's count takes all shards for one, and may be above what there is: the loader wraps round
         self.num_batches = self.num_tokens // self._sample_tokens
+        self.epoch_batches = sum((count - 1) // self._sample_tokens for count in counts)
 
         # one buffer serves both: targets are inputs shifted by one
         self._raw = np.empty(B * T + 1, "<u2")
@@ -107,9 +110,7 @@ class DataLoader:
         self._file = None
         self._shard_indices = np.arange(len(self.paths), dtype=np.int32)
         self._intra_shard_indices = np.empty(0, np.int32)
-        # RandomState seeds as llm.c's init_genrand does, MT19937 alone does not
-        self._mt = np.random.MT19937()
-        self._mt.state = np.random.RandomState((seed + rank) & 0xFFFFFFFF).get_state(legacy=False)
+        self._mt = rand.mersenne(seed + rank)
         self.reset()
 
     def __enter__(self) -> "DataLoader":
@@ -135,7 +136,7 @@ class DataLoader:
     def reset(self) -> None:
         """Back to the first sample; when shuffled, of a new order that continues the random stream."""
         if self.shuffle:
-            _permute(self._shard_indices, self._mt)
+            rand.shuffle(self._shard_indices, self._mt)
         self._open_shard(0)
         self._permute_samples()
 
@@ -190,7 +191,8 @@ class DataLoader:
         num_tokens, needed = count_tokens(path), self._sample_tokens + 1
         if num_tokens < needed:
             sizes = f"B = {self.B}, T = {self.T}" + (f" in {self.nproc} processes" if self.nproc > 1 else "")
-            raise UserError(f"{path}: {num_tokens} tokens, {sizes} needs at least {needed}", "lower -b or -t")
+            hint = "lower -b or -t" if num_tokens > 1 else "make it again from a text, or leave it out of the pattern"
+            raise UserError(f"{path}: {num_tokens} tokens, {sizes} needs at least {needed}", hint)
         return num_tokens
 
     def _set_shuffle_state(self, state: ShuffleState) -> None:
@@ -223,7 +225,7 @@ class DataLoader:
     def _permute_samples(self) -> None:
         if self.shuffle:
             self._intra_shard_indices = np.arange(self._shard_samples, dtype=np.int32)
-            _permute(self._intra_shard_indices, self._mt)
+            rand.shuffle(self._intra_shard_indices, self._mt)
 
     def _read_batch(self) -> None:
         sample = int(self._intra_shard_indices[self.sample]) if self.shuffle else self.sample
@@ -240,14 +242,3 @@ class DataLoader:
                 "the data was made with another tokenizer: make it again for this model, or take a model made for it",
             )
         self._tokens[:] = self._raw
-
-
-def _permute(indices: np.ndarray, mt: np.random.MT19937, block: int = 1 << 16) -> None:
-    """Fisher-Yates from the end, in place: for i = n-1 .. 1, swap i with u32 % (i+1) (llm.c random_permutation)."""
-    order = array("i", indices.tobytes())  # indexing an array.array is several times faster than indexing NumPy's
-    for stop in range(len(order), 1, -block):  # blocks keep the draws of a large shard small
-        i = np.arange(stop - 1, max(stop - 1 - block, 0), -1)
-        j = mt.random_raw(i.size) % (i + 1).astype(np.uint64)
-        for a, b in zip(i.tolist(), j.tolist()):
-            order[a], order[b] = order[b], order[a]
-    indices[:] = order

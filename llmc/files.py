@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import shlex
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -33,18 +36,20 @@ def open_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` in one step when the block ends, or leaves `path` as it was.
 
-    Written to a temporary file in the same folder, flushed, fsynced, renamed over `path` (or what it links to); then
-    the folder is synced. Raises UserError if the system refuses, or `path` is a folder or device.
+    Written to a temporary file in the same folder, flushed, fsynced, renamed over `path` (or what it links to), whose
+    mode it keeps; then the folder is synced. Raises UserError if the system refuses, or `path` is a folder, a device or
+    read-only.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise UserError(f"writing {path}: not an ordinary file", "name another file")
+    check_replaceable(path, "writing")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             folder = os.open(path.parent, os.O_RDONLY)
@@ -59,13 +64,29 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: str | os.PathLike, doing: str) -> None:
+    """Raise UserError if `path` exists and is no file that may be written over; `doing` is the flag, or "writing".
+
+    A file without write permission for its owner was locked by somebody. Renaming over it would not ask.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{doing} {path}: not an ordinary file", "name another file")
+    if path.exists() and is_read_only(path):
+        raise UserError(f"{doing} {path}: is read-only", f"name another file, or: chmod u+w {shlex.quote(str(path))}")
+
+
+def is_read_only(path: str | os.PathLike) -> bool:
+    """Whether the file's owner, or this user, may not write it. The mode counts even for root, who may do all."""
+    return not os.stat(path).st_mode & stat.S_IWUSR or not os.access(path, os.W_OK)
+
+
 def check_writable(path: str | os.PathLike, flag: str) -> None:
     """Raise UserError naming `flag` unless atomic_write could make `path`: better told before an hour of training."""
     path = Path(os.path.realpath(path))
     if not path.parent.is_dir():
-        raise UserError(f"{flag} {path}: there is no folder {path.parent}", f"mkdir -p {path.parent}")
-    if path.exists() and not path.is_file():
-        raise UserError(f"{flag} {path}: not an ordinary file", "name another file")
+        raise UserError(f"{flag} {path}: there is no folder {path.parent}", f"mkdir -p {shlex.quote(str(path.parent))}")
+    check_replaceable(path, flag)
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{flag} {path}: its folder may not be written to", "check its owner and mode (ls -ld)")
 

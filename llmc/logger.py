@@ -25,8 +25,8 @@ class Logger:
         self.path, self.file = path, None
         if path is None:
             return
-        if os.path.isfile(path):
-            drop_steps_from(path, start)
+        if os.path.isfile(path) and (dropped := drop_steps_from(path, start)):
+            print(f"{path}: dropped {dropped} of its lines, from step {start} on")
         try:
             # unbuffered: a line is in the file when the call returns, and none is half-written by a failing flush
             self.file = open(path, "ab", buffering=0)
@@ -57,8 +57,8 @@ class Logger:
                 raise refused(error, self.path) from None
 
 
-def drop_steps_from(path: str | os.PathLike, step: int) -> None:
-    """Remove the lines of `step` and later from the log `path`, atomically.
+def drop_steps_from(path: str | os.PathLike, step: int) -> int:
+    """Remove the lines of `step` and later from the log `path`, atomically, and return how many those were.
 
     Raises UserError on a line that is not a log's. Only a last line without its end is let pass, as a killed run may
     leave one, and only if its step is among those that go.
@@ -78,6 +78,7 @@ def drop_steps_from(path: str | os.PathLike, step: int) -> None:
     if len(kept) < len(lines):
         with atomic_write(os.path.realpath(path)) as file:
             file.writelines(kept)
+    return len(lines) - len(kept)
 
 
 def refused(error: OSError, path: str | os.PathLike) -> UserError:

@@ -7,10 +7,11 @@ import math
 import os
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.checkpoint import Model
+from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
 from llmc.options import command, saved_options
@@ -18,6 +19,43 @@ from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
 from llmc.tokenizer import Tokenizer
+
+
+@dataclass
+class Workload:
+    """What a run does: its data, the step it starts at, its steps in all, the batches of a validation."""
+
+    train_loader: DataLoader
+    val_loader: DataLoader
+    start: int
+    steps: int
+    val_batches: int
+
+
+def open_data(args: Namespace, config: GPT2Config, state: TrainState | None, epochs: int = 1) -> Workload:
+    """The run's data and counts, the training data at the position of `state`.
+
+    -n 0 or more: so many steps; below: `epochs` epochs of the training data, each batch once. -m 0 or less: each batch
+    of the validation data once; more: as llm.c counts, tokens / (B*T), which may be more than there are, and then the
+    first are taken again. One batch to overfit is the first of the validation data, as in train_gpt2.cu.
+    Raises UserError if the data cannot be used or nothing is left to do.
+    """
+    B, T, V = args.batch_size, args.seq_len, config.V
+    train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
+    train_loader = DataLoader(train_data, B, T, vocab_size=V, shuffle=shuffle, seed=args.seed or 42)
+    val_loader = DataLoader(args.val_data, B, T, vocab_size=V)
+    start = state.step if state else 0
+    steps = args.steps if args.steps >= 0 else epochs * train_loader.epoch_batches // args.grad_accum
+    if args.steps < 0 and steps == 0:
+        found = f"{train_data} has {train_loader.epoch_batches} batches, fewer than one step takes"
+        raise UserError(f"--grad-accum {args.grad_accum}: {found}", "lower --grad-accum, or name the steps by -n")
+    if start > steps or start == steps > 0:
+        hint = "-n is the number of steps in all, give a larger one"
+        raise UserError(f"-n {steps}: {args.model} is at step {start} already", hint)
+    if state:
+        train_loader.restore(state.shard, state.sample, state.shuffle)
+    counted = min(args.val_batches, val_loader.num_batches)
+    return Workload(train_loader, val_loader, start, steps, counted if counted > 0 else val_loader.epoch_batches)
 
 
 def evaluate(model, loader: DataLoader, batches: int) -> float:
@@ -30,10 +68,12 @@ def evaluate(model, loader: DataLoader, batches: int) -> float:
     return total / batches
 
 
-def check_finite(name: str, loss: float, step: int, path: str) -> None:
-    """Raise UserError for a loss of NaN or infinity: nothing that follows may overwrite a good checkpoint."""
+def check_finite(name: str, loss: float, step: int, args: Namespace) -> None:
+    """Raise UserError for a loss of NaN or infinity, before the weights that gave it could be saved."""
     if not math.isfinite(loss):
-        message = f"{name} loss {loss} at step {step} of the run from {path}: it cannot go on, earlier saves stay"
+        saved = args.checkpoint and os.path.exists(args.checkpoint)
+        stays = f"{args.checkpoint} stays as it is" if saved else "nothing was saved"
+        message = f"{name} loss {loss} at step {step} of the run from {args.model}: it cannot go on; {stays}"
         raise UserError(message, "lower -l, limit gradients by --grad-clip 1, or start from another model file")
 
 
@@ -49,25 +89,29 @@ def print_sample(model, tokenizer: Tokenizer | None, start: int, sampler: Sample
     print("\n---", flush=True)
 
 
-def save(args: Namespace, file: Model, m: np.ndarray, v: np.ndarray, loader: DataLoader, sampler: Sampler) -> None:
+def save(args: Namespace, model, file: Model, m: np.ndarray, v: np.ndarray, work: Workload, sampler: Sampler) -> None:
     """Write the checkpoint `file` to -c, and what the run goes on from: m, v, data position, sampler and options.
 
-    Sets the loader's position in `file`.
+    Sets the loader's position in `file`. Raises UserError, and the checkpoint of before stays, if a value to be written
+    is not finite, or the loss of these weights, of which no step has told yet, on the first validation batch.
     """
+    check_finite("val", evaluate(model, work.val_loader, 1), file.step, args)
+    loader = work.train_loader
     file.shard, file.sample = loader.shard, loader.sample
     options = saved_options(args)
     state = TrainState(file.step, sampler.state, file.shard, file.sample, m, v, loader.state(), options)
     print(f"saving checkpoint to {args.checkpoint}", flush=True)
-    save_checkpoint(args.checkpoint, file, state)
+    for dropped in save_checkpoint(args.checkpoint, file, state):
+        print(f"dropped {dropped.name}, which an earlier run left")
     megabytes = os.path.getsize(args.checkpoint) / 2**20
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
 
 
-def print_stopped(script: str, args: Namespace, step: int, start: int) -> None:
+def print_stopped(args: Namespace, step: int, start: int) -> None:
     """The last line of a run from step `start` that a signal ended after `step`: what was saved, how to go on."""
     how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
     if args.checkpoint and (step > start or args.checkpoint == args.resume):
-        how = f"go on with: {command(script, '--resume', args.checkpoint)}"
+        how = f"go on with: {command(args.trainer, '--resume', args.checkpoint)}"
     print(f"stopped after {step} steps; {how}")
 
 

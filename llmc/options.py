@@ -3,6 +3,7 @@
 Single letters are train_gpt2_fp32.cu's and the banded trainers'; what those lack has a long name only.
 """
 
+import glob
 import os
 import shlex
 import sys
@@ -10,7 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from llmc import table
-from llmc.checkpoint import GPT2Config, Model, check_is_model, num_parameters, read_model
+from llmc.checkpoint import GPT2Config, Model, num_parameters, read_model, trainer_of
 from llmc.cli import (
     ArgumentParser,
     any_int,
@@ -23,14 +24,18 @@ from llmc.cli import (
     positive_int,
 )
 from llmc.errors import UserError
-from llmc.files import check_writable
-from llmc.resume import load_checkpoint
+from llmc.outputs import check_outputs, same_file
+from llmc.resume import is_llmc_pair, load_checkpoint
 from llmc.schedulers import SCHEDULES
 from llmc.state import TrainState
 from llmc.tokenizer import BYTE_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SAVED = ("model", "checkpoint", "resume")  # a resumed run has these from its own command line
+NOT_SAVED = ("model", "checkpoint", "resume", "overwrite")  # the command line of a resumed run says these
+PATTERNS = ("train_data", "val_data")
+FILES = (*PATTERNS, "log", "tokenizer")
+CLONE = "{clone}"  # stands for the folder of this program in the names that a checkpoint keeps
+SAMPLE_TOKENS = 64  # at most, where -g is not typed
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -42,10 +47,11 @@ def add_options(parser: ArgumentParser) -> None:
     add("-i", "--train-data", help="pattern of the training shards (default: TinyStories if there, else Shakespeare)")
     add("-j", "--val-data", help="pattern of the validation shards (default: as for -i)")
     add("-o", "--log", help="log file of s:STEP tel:LOSS and s:STEP trl:LOSS lines")
+    add("--overwrite", type=flag01, default=False, help="1: -c and -o may replace files of another run")
     add("--tokenizer", help="tokenizer file for the samples (default: the model's, here or beside it)")
     add("--resume", metavar="CHECKPOINT", help="go on from this checkpoint with its settings; flags typed win")
     add = parser.add_argument_group("workload").add_argument
-    add("-n", "--steps", type=any_int, default=-1, help="optimizer steps in all, -1: one epoch")
+    add("-n", "--steps", type=any_int, default=-1, help="optimizer steps in all, 0: only validate, -1: one epoch")
     add("-b", "--batch-size", type=positive_int, default=4, help="rows B of a batch")
     add("-t", "--seq-len", type=positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
     add("--grad-accum", type=positive_int, default=1, help="batches in a step")
@@ -65,40 +71,101 @@ def add_options(parser: ArgumentParser) -> None:
     add("--grad-clip", type=natural_float, default=0.0, help="largest gradient norm, 0: no limit")
     add = parser.add_argument_group("evaluation").add_argument
     add("-v", "--val-every", type=natural, default=20, help="steps between validations, 0: first and last step")
-    add("-m", "--val-batches", type=any_int, default=20, help="batches of a validation, 0 or less: all")
+    add(
+        "-m",
+        "--val-batches",
+        type=any_int,
+        default=20,
+        help="batches of a validation, at most llm.c's count tokens / (B*T), which may take some twice; 0: each once",
+    )
     add("-s", "--sample-every", type=natural, default=20, help="steps between samples, 0: no samples")
-    add("-g", "--sample-tokens", type=natural, default=64, help="positions of a sample")
+    add("-g", "--sample-tokens", type=natural, help="positions of a sample (default: the model's maximum, at most 64)")
 
 
-def parse_options(parser: ArgumentParser, argv: list[str] | None) -> tuple[Namespace, Model, TrainState | None]:
+def parse_options(
+    parser: ArgumentParser, argv: list[str] | None, trainer: str
+) -> tuple[Namespace, Model, TrainState | None]:
     """-> settings, the Model to start from, and its TrainState if --resume was given.
 
-    A resumed run takes its settings from the checkpoint where none is typed. Fills in the defaults that depend on the
-    model. Raises UserError for what cannot work, before anything is written.
+    trainer: the name of the script. A resumed run takes its settings from the checkpoint where none is typed. Fills in
+    the defaults that depend on the model. Raises UserError for what cannot work, before anything is written.
     """
-    args, state = parser.parse(argv), None
+    args, state, typed = parser.parse(argv), None, parser.explicit(argv)
     if args.resume:
         for name, flag in (("model", "-e"), ("seed", "--seed")):
-            if name in parser.explicit(argv):
+            if name in typed:
                 raise UserError(f"--resume given together with {flag}", "a resumed run has it from its checkpoint", 2)
         model, state = load_checkpoint(args.resume)
-        args = parser.parse(argv, saved=state.options | {"model": args.resume, "checkpoint": args.resume})
+        check_trainer(args.resume, model, state, trainer)
+        args = parser.parse(argv, saved=resumed_settings(args.resume, state, typed))
     else:
         model = read_model(args.model)
-    config = model.config
-    args.seq_len = args.seq_len or min(1024, config.maxT)
-    for flag, value in (("-t", args.seq_len), ("-g", args.sample_tokens)):
-        if value > config.maxT:
-            raise UserError(f"{flag} {value}: {args.model} has {config.maxT} positions", f"{flag} {config.maxT}", 2)
-    if args.train_data is None:
-        args.train_data = default_data(config.V, "train")
-    if args.val_data is None:
-        args.val_data = default_data(config.V, "val")
-    if args.checkpoint:
-        check_writable(args.checkpoint, "-c")
-        if os.path.exists(args.checkpoint):
-            check_is_model(args.checkpoint, "-c")
+    maxT = model.config.maxT
+    args.seq_len = args.seq_len or min(1024, maxT)
+    if args.sample_tokens is None:
+        args.sample_tokens = min(SAMPLE_TOKENS, maxT)
+    for flag, value in (("-t", args.seq_len), ("-g", args.sample_tokens if args.sample_every else 0)):
+        if value > maxT:
+            raise UserError(f"{flag} {value}: {args.model} has {maxT} positions", f"{flag} {maxT}", 2)
+    args.trainer = trainer
+    args.train_data = args.train_data or default_data(model.config.V, "train")
+    args.val_data = args.val_data or default_data(model.config.V, "val")
+    check_outputs(args, typed)
     return args, model, state
+
+
+def check_trainer(path: str, model: Model, state: TrainState, trainer: str) -> None:
+    """Raise UserError, naming the trainer to use, if another one than `trainer` wrote the checkpoint `path`."""
+    wrote = state.options.get("trainer")
+    if wrote is None:  # saved before the name was: each trainer had a setting of its own
+        own = {"fc1_bandwidth": "train_banded.py", "selector": "train_sparse_attn.py", "layers": "train_toroidal.py"}
+        wrote = next((script for name, script in own.items() if name in state.options), trainer)
+    wrote = trainer_of(model) or wrote
+    if wrote != trainer:
+        raise UserError(f"--resume {path}: {wrote} wrote it, not {trainer}", command(str(wrote), "--resume", path), 2)
+
+
+def resumed_settings(path: str, state: TrainState, typed: set[str]) -> dict:
+    """The settings by which the checkpoint `path` goes on, its files found from whatever folder it is typed in.
+
+    Raises UserError for a copy of a checkpoint whose log is elsewhere: it would write into the other run's log.
+    """
+    if is_llmc_pair(path, state):
+        print(f"{path}: llm.c's pair, without settings: what is not typed is the default; nothing is saved without -c")
+        return {"model": path, "checkpoint": None, "shuffle": state.shuffle is not None}
+    saved = dict(state.options)
+    origin = saved.pop("checkpoint", None)
+    if saved.pop("trainer", None):  # before the name was saved, files were relative to the folder of the first run
+        saved |= {name: found_file(saved[name], path, name in PATTERNS) for name in FILES if saved.get(name)}
+    if origin and "log" not in typed and os.path.exists(origin) and not same_file(path, origin):
+        found = f"a copy of {origin}, whose log is {saved['log']}"
+        raise UserError(f"--resume {path}: {found}", "name a log of this run's own: -o NAME", 2)
+    return saved | {"model": path, "checkpoint": path}
+
+
+def kept_file(path: str, checkpoint: str, is_pattern: bool) -> str:
+    """The name under which a checkpoint keeps a file, or a pattern of files, so that it is found from any folder.
+
+    Below our data folder: from CLONE on; below the checkpoint's folder: relative to that, so that a copy of the folder
+    has its own; else absolute.
+    """
+    escape = glob.escape if is_pattern and not os.path.exists(path) else str
+    whole = path if os.path.isabs(path) else os.path.join(escape(os.getcwd()), path)
+    below = os.path.relpath(whole, escape(str(ROOT)))
+    if below.startswith("data" + os.sep):
+        return f"{CLONE}/{below}"
+    below = os.path.relpath(whole, escape(os.path.dirname(os.path.abspath(checkpoint))))
+    return os.path.normpath(whole) if below.startswith(os.pardir) else below
+
+
+def found_file(kept: str, checkpoint: str, is_pattern: bool) -> str:
+    """The path, from the current folder, of what `kept_file` kept."""
+    folder, name = os.path.dirname(checkpoint), kept
+    if kept.startswith(f"{CLONE}/"):
+        folder, name = os.path.relpath(ROOT), kept.removeprefix(f"{CLONE}/")
+    if is_pattern and not os.path.exists(os.path.join(folder, name)):
+        folder = glob.escape(folder)
+    return os.path.normpath(os.path.join(folder, name))  # an absolute name stays
 
 
 def default_data(V: int, split: str) -> str:
@@ -117,7 +184,13 @@ def command(script: str, flag: str, path: str) -> str:
 
 def saved_options(args: Namespace) -> dict:
     """The settings that a checkpoint keeps for the run that resumes it."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+    saved = {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+    for name in FILES:
+        if saved[name] is not None:
+            saved[name] = kept_file(saved[name], args.checkpoint, name in PATTERNS)
+    if saved["log"] and os.path.isabs(saved["log"]):  # a copy of the checkpoint must not take it for its own
+        saved["checkpoint"] = os.path.abspath(args.checkpoint)
+    return saved
 
 
 def print_options(args: Namespace) -> None:

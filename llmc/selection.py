@@ -90,7 +90,7 @@ def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger
             found = f"recall@k {agreement.recall:.4f}, mass@k {agreement.mean_mass:.4f}"
             print(f"layer {l}: {kl}{found}, kept {agreement.kept / model.B:.1f} of {causal} pairs", flush=True)
         if divergences:
-            check_finite("indexer's", sum(divergences), step, args.model)
+            check_finite("indexer's", sum(divergences), step, args)
             log.add("kl", step, sum(divergences) / len(divergences))
             print(f"indexer and selection: {100 * part:.1f}% of a forward pass")
         log.add("recall", step, sum(each.recall for each in agreements) / len(agreements))

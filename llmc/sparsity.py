@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from llmc import table
-from llmc.checkpoint import DENSE, SPARSE_ATTENTION, DeepSeekConfig, GPT2Config, Model
+from llmc.checkpoint import SPARSE_ATTENTION, DeepSeekConfig, GPT2Config, Model, check_trains
 from llmc.cli import fraction
 from llmc.errors import UserError
 from llmc.selection import kept_pairs
@@ -200,10 +200,7 @@ def check_architecture(args: Namespace, config: GPT2Config):
 def choose_sparsity(args: Namespace, typed: set[str], file: Model) -> Sparsity:
     """How the model will attend: by the flags typed, then by its file, then by the flags' defaults."""
     L, T, maxT, old = file.config.L, args.seq_len, file.config.maxT, None
-    if file.kind not in (DENSE, SPARSE_ATTENTION):
-        raise UserError(
-            f"{args.model}: kind {file.kind}, expected a dense GPT-2 or a sparse one", "use its own trainer"
-        )
+    check_trains(args.model, file, "train_sparse_attn.py")
     if L > MAX_LAYERS:
         raise UserError(f"{args.model}: {L} layers, the header has room for {MAX_LAYERS}", "take a smaller model")
     if args.resume and (changed := sorted(typed & (CHOICES | {"indexer_warmup"}))):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from llmc import table
-from llmc.checkpoint import DENSE, TOROIDAL, DeepSeekConfig, GPT2Config, Model
+from llmc.checkpoint import DENSE, TOROIDAL, GPT2Config, Model, check_trains
 from llmc.errors import UserError
 
 LAYOUT = 1
@@ -61,10 +61,7 @@ class Torus:
 
 def read_torus(file: Model, name: str) -> Torus:
     """How the attention of a file is replaced. Raises UserError for a field out of range or a wrong extras count."""
-    if isinstance(file.config, DeepSeekConfig):
-        raise UserError(f"{name}: has MLA or MoE, expected a GPT-2", "python train_sparse_attn.py trains it")
-    if file.kind not in (DENSE, TOROIDAL):
-        raise UserError(f"{name}: kind {file.kind}, expected a dense or toroidal GPT-2", "use its own trainer")
+    check_trains(name, file, "train_toroidal.py")
     if file.kind == DENSE:
         return Torus()
     fields, L = file.fields, file.config.L
@@ -160,7 +157,8 @@ def choose_torus(args: Namespace, typed: set[str], file: Model) -> Torus:
         raise UserError(f"{args.model}: {L} layers, the header has room for {MAX_LAYERS}", "take a smaller model")
     values = {field: vars(args)[flag] for flag, field in SAVED.items()}
     values["period"] = args.period or args.seq_len
-    values["rank"] = args.fusion_rank or max(1, args.depth // 4)
+    values["depth"] = args.depth or (1 if file.config.C // file.config.NH % 2 else 2)
+    values["rank"] = args.fusion_rank or max(1, values["depth"] // 4)
     torus = replace(old, layers=parse_layers(args.layers, L), **values)
     limits = dict(period=(1, MAX_POSITIONS), window=(-1, MAX_POSITIONS)) | {"lambda": (0, MAX_LAMBDA)}
     for flag, (least, most) in limits.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmc import lock, resume
 from llmc.checkpoint import DeepSeekConfig, GPT2Config, Model, named_views, tensor_shapes, write_model
 from llmc.dataloader import write_tokens
 from llmc.errors import run
@@ -49,7 +50,13 @@ def make_folder(folder: Path, config: GPT2Config = CONFIG, seed: int = 1) -> Pat
 def options(**changed) -> list[str]:
     """A training command line on make_folder's files; `changed` by long name, "_" for "-", None drops an option."""
     settings = dict(
-        train_data="train_*.bin", val_data="val.bin", batch_size=B, seq_len=T, sample_tokens=12, device="cpu"
+        train_data="train_*.bin",
+        val_data="val.bin",
+        batch_size=B,
+        seq_len=T,
+        sample_tokens=12,
+        device="cpu",
+        overwrite=1,  # one folder serves many runs; test_outputs.py is about what is refused without
     )
     settings |= changed
     flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items() if value is not None]
@@ -69,6 +76,8 @@ def call(capture, main, *argv) -> Result:
     try:
         run(lambda: main([str(word) for word in argv]))
     except SystemExit as end:
+        lock.release_all()  # as the end of the process does
+        resume._ours.clear()
         captured = capture.readouterr()
         return Result(end.code, captured.out.decode(), captured.err.decode())
     raise AssertionError("run did not exit")

@@ -22,8 +22,8 @@ CERTAIN = 2**-23  # kappa counts as no nearer than this to 0 and 1, so losses st
 
 def keep_controller_init(generator) -> np.ndarray:
     """w1 (16,5), b1 (16), w2 (1,16), b2 (1), flat float32: normal weights, b1 = 0, b2 such that TYPICAL gives 1/2."""
-    w1 = SPREAD * generator.standard_normal((HIDDEN, FEATURES), np.float32)
-    w2 = SPREAD * generator.standard_normal(HIDDEN, np.float32)
+    w1 = SPREAD * generator.standard_normal((HIDDEN, FEATURES))
+    w2 = SPREAD * generator.standard_normal(HIDDEN)
     b2 = -(w2 @ np.maximum(w1 @ TYPICAL, 0))
     return np.concatenate([w1.ravel(), np.zeros(HIDDEN, np.float32), w2, [b2]], dtype=np.float32)
 
