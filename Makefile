@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+# these targets write anew what they wrote before (--overwrite 1); a run of one's own is refused that
 # of the short run that `make train_banded` makes; override on the command line: make train_banded N=500 W=128
 N ?= 400
 B ?= 4
@@ -17,7 +18,7 @@ help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 train_banded: setup data model  ## set up all that is missing, train a banded GPT-2 for N steps (W, B, T), show text
-	$(PY) train_banded.py -e model.bin -c checkpoint.bin -o log_banded.txt -w $(W) -n $(N) -b $(B) -t $(T) -v 50 -m 10 -s 200 -l 1e-3
+	$(PY) train_banded.py -e model.bin -c checkpoint.bin -o log_banded.txt --overwrite 1 -w $(W) -n $(N) -b $(B) -t $(T) -v 50 -m 10 -s 200 -l 1e-3
 	@echo
 	@echo "more text:      $(PY) generate.py -e checkpoint.bin -p 'ROMEO:' -n 100"
 	@echo "a longer run:   $(PY) train_banded.py -e model.bin -w 256 -n 2000"
@@ -25,8 +26,8 @@ train_banded: setup data model  ## set up all that is missing, train a banded GP
 # dense first, then its indexer alone (100 steps), then sparse attention with k = T/8
 SPARSE := -b $(B) -t 128 -v 20 -m 5 -s 200
 train_sparse_attn: setup data model  ## set up all that is missing, train dense, warm an indexer up, train sparse
-	$(PY) train_sparse_attn.py -e model.bin --attention dense -c checkpoint_dense.bin -o log_dense.txt -n $(N) $(SPARSE) -l 1e-3
-	$(PY) train_sparse_attn.py -e checkpoint_dense.bin -c checkpoint_sparse.bin -o log_sparse.txt --indexer-warmup 100 -n 300 $(SPARSE) -l 3e-4
+	$(PY) train_sparse_attn.py -e model.bin --attention dense -c checkpoint_dense.bin -o log_dense.txt --overwrite 1 -n $(N) $(SPARSE) -l 1e-3
+	$(PY) train_sparse_attn.py -e checkpoint_dense.bin -c checkpoint_sparse.bin -o log_sparse.txt --overwrite 1 --indexer-warmup 100 -n 300 $(SPARSE) -l 3e-4
 	@echo
 	@echo "more text:      $(PY) generate.py -e checkpoint_sparse.bin -p 'ROMEO:' -n 100"
 	@echo "a picture:      make plot"
@@ -34,7 +35,7 @@ train_sparse_attn: setup data model  ## set up all that is missing, train dense,
 # a baseline, its perplexity, then layer 0 replaced and fine-tuned, and the control: the same layer, GPT-2's attention
 TORUS := -b $(B) -t 128 -v 50 -m 20 -s 0
 train_toroidal: setup data model baseline.bin  ## set up all that is missing, replace layer 0's attention by a toroidal one
-	$(PY) train_toroidal.py -e baseline.bin --layers 0 --depth 2 -c checkpoint_toroidal.bin -o log_toroidal.txt -n 150 $(TORUS) -l 3e-4
+	$(PY) train_toroidal.py -e baseline.bin --layers 0 --depth 2 -c checkpoint_toroidal.bin -o log_toroidal.txt --overwrite 1 -n 150 $(TORUS) -l 3e-4
 	$(PY) train_toroidal.py -e baseline.bin --layers 0 --control 1 -n 150 $(TORUS) -l 3e-4 | grep -E "^\| control|^val loss|^perplexity"
 	@echo
 	@echo "the second list is the control: the same layer and steps, attention unchanged"

@@ -15,8 +15,9 @@ sys.path.insert(0, str(ROOT))
 
 from llmc.cli import ArgumentParser, natural  # noqa: E402
 from llmc.errors import UserError, run  # noqa: E402
-from llmc.files import open_file  # noqa: E402
+from llmc.files import atomic_write, open_file  # noqa: E402
 
+FORMATS = (".png", ".svg", ".pdf")
 LINE = re.compile(rb"s:(\d+) ([a-z]+):(\S+)\n")
 PANELS = {  # title: {name in the log: label}
     "loss, nats": {"trl": "training", "tel": "validation"},
@@ -64,7 +65,8 @@ def draw(values: dict, path: Path, mark: int) -> None:
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(edgecolor="none", framealpha=0.8, fontsize="small")
-    figure.savefig(path, dpi=110)
+    with atomic_write(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix[1:])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=Path("plot.png"), help="picture to write")
     parser.add_argument("--mark", type=natural, default=0, help="a step to mark, as the end of the warm-up, 0: none")
     args = parser.parse(argv)
+    if args.output.suffix not in FORMATS:  # the log itself, say, would be replaced by a picture
+        raise UserError(f"-o {args.output}: expected a name ending in {', '.join(FORMATS)}", "-o plot.png", 2)
     draw(read_log(args.log), args.output, args.mark)
     print(f"wrote {args.output}")
     return 0

@@ -94,7 +94,7 @@ def arms_of(seed: int, folder: Path) -> dict:
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    learnt = figures(output(folder, f"learn_{seed}", f"-e {model} {data} {COMMON} {LEARN} -c {dense}"))
+    learnt = figures(output(folder, f"learn_{seed}", f"-e {model} {data} {COMMON} {LEARN} -c {dense} --overwrite 1"))
     if learnt["accuracy"] < 0.95:
         raise UserError(f"seed {seed}: dense attention has {learnt['accuracy']} of the answers", "take another seed")
     found = {"learn": learnt}

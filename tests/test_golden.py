@@ -15,7 +15,6 @@ import train_toroidal
 from kernels import cpu
 from llmc.checkpoint import named_views, num_parameters, tensor_shapes
 from llmc.debug_state import DebugState, write_debug_state
-from llmc.init import gpt2_init
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +59,7 @@ def test_logits_and_gradients_match_pytorch(capsys):
     """Logits within 1e-4, each of the 16 gradients within 1e-5."""
     golden, config = golden_run.load(), golden_run.CONFIG
     inputs, targets = golden["inputs"].astype(np.int32), golden["targets"].astype(np.int32)
-    model = train_banded.GPT2(cpu, config, gpt2_init(config, seed=11), *inputs.shape)
+    model = train_banded.GPT2(cpu, config, golden_run.initial_params(), *inputs.shape)
     model.forward(inputs)
     logits = model.acts.logits[:, : config.V].ravel()[:: golden_run.STRIDE]
     assert np.abs(logits - golden["logits"]).max() <= 1e-4
@@ -85,7 +84,7 @@ def test_check_gpt2_prints_as_llmc_does(tmp_path):
     golden, config = golden_run.load(), golden_run.CONFIG
     golden_run.write_inputs(tmp_path)
     inputs, targets = golden["inputs"].astype(np.int32), golden["targets"].astype(np.int32)
-    model = train_banded.GPT2(cpu, config, gpt2_init(config, seed=11), *inputs.shape)
+    model = train_banded.GPT2(cpu, config, golden_run.initial_params(), *inputs.shape)
     model.forward(inputs)
     logits = model.acts.logits[:, : config.V].reshape(*inputs.shape, -1).copy()
     model.forward(inputs, targets)

@@ -86,16 +86,17 @@ def test_an_indexer_that_diverges_is_told_by_its_kl(call):
     assert snapshot(Path()) == before
 
 
+def pair(step: int) -> tuple[Model, TrainState]:
+    """A model with five extra values, and its state: every number in them is the step."""
+    config = GPT2Config(maxT=2, V=3, L=1, NH=1, C=4, Vp=4)
+    n = num_parameters(config)
+    model = Model(config, np.full(n, step, np.float32), step, extra=np.full(5, step, np.float32))
+    return model, TrainState(step, 1, 0, 0, np.full(n + 5, step, np.float32), np.full(n + 5, step, np.float32))
+
+
 @pytest.mark.parametrize("part", ["params", "extra", "m", "v"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_every_part_of_a_checkpoint_is_checked(tmp_path, part, value):
-    config = GPT2Config(maxT=2, V=3, L=1, NH=1, C=4, Vp=4)
-    n = num_parameters(config)
-
-    def pair(step):
-        model = Model(config, np.ones(n, np.float32), step, extra=np.ones(5, np.float32))
-        return model, TrainState(step, 1, 0, 0, np.ones(n + 5, np.float32), np.ones(n + 5, np.float32))
-
     path = tmp_path / "c.bin"
     save_checkpoint(path, *pair(1))
     before = snapshot(tmp_path)
