@@ -387,8 +387,8 @@ def test_dense_attention_keeps_the_indexer_in_the_file(train):
     write_model("plain.bin", Model(CONFIG, file.params))
     assert val_losses(out) == val_losses(done(train("--attention dense -n 2 -v 1", model="plain.bin")).out)
     done(train("--resume c.bin -n 3"))
-    sparse = done(train("--attention sparse -n 1 -c c.bin", model="c.bin")).out
-    assert read_sparsity(read_model("c.bin"), "c.bin").attention == "sparse" and "recall@k" in sparse
+    sparse = done(train("--attention sparse -n 1 -c d.bin", model="c.bin")).out
+    assert read_sparsity(read_model("d.bin"), "d.bin").attention == "sparse" and "recall@k" in sparse
 
 
 def test_a_new_controller_is_drawn_beside_the_indexer_of_the_file(train):
@@ -398,8 +398,8 @@ def test_a_new_controller_is_drawn_beside_the_indexer_of_the_file(train):
     drawn = named_views(extras(sparsity), extra_shapes(CONFIG, sparsity))
     for name in drawn:
         assert new[name].tobytes() == (drawn if name.startswith("ctl") else old)[name].tobytes(), name
-    done(train("--adaptive none --train-indexer 0 -n 1 -c c.bin", model="c.bin"))
-    assert read_model("c.bin").extra.tobytes() == read_model("first.bin").extra.tobytes()
+    done(train("--adaptive none --train-indexer 0 -n 1 -c d.bin", model="c.bin"))
+    assert read_model("d.bin").extra.tobytes() == read_model("first.bin").extra.tobytes()
 
 
 def test_a_new_indexer_is_drawn_from_seed(train):
@@ -548,8 +548,8 @@ def rewrite(path="c.bin", at=None, value=None, **changed):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (dict(kind=BANDED), ["c.bin: kind 1", "dense"]),
-        (dict(kind=TOROIDAL), ["c.bin: kind 3", "dense"]),
+        (dict(kind=BANDED), ["a GPT-2 with banded MLPs", "python train_banded.py -e c.bin"]),
+        (dict(kind=TOROIDAL), ["a GPT-2 with toroidal attention", "python train_toroidal.py -e c.bin"]),
         (dict(extra=np.zeros(LIGHTNING - 1, np.float32)), [f"{LIGHTNING - 1} extra values", f"have {LIGHTNING}"]),
         (dict(extra=np.zeros(0, np.float32)), ["0 extra values", f"have {LIGHTNING}"]),
         (dict(at=5, value=3), ["c.bin", "NH = 3"]),
