@@ -75,6 +75,23 @@ def test_router_of_ties_and_of_what_is_no_number(runtime):
     assert np.isnan(runtime.to_host(probs)[3:]).all()
 
 
+@pytest.mark.parametrize("E, top", [(4, 2), (40, 5), (256, 8)])
+def test_router_of_many_ties(runtime, E, top):
+    """Few values, 0 and -0, NaN: both devices take experts by value, of equal ones the lower number, NaN last."""
+    tiny, large = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+    values = np.array([0, -0.0, 1, 1 + 2**-23, -1, tiny, -tiny, large, -np.inf, np.nan], np.float32)
+    logits = np.random.default_rng(E).choice(values, (50, E))
+    logits[::2] = np.where(logits[::2] > 0, -1, logits[::2])  # so that all that is taken is 0 or -0, or not even that
+    ranks = [[(z != z, 0 if z != z else -z, e) for e, z in enumerate(row)] for row in logits.tolist()]
+    expected = [[e for *_, e in sorted(row)[:top]] for row in ranks]
+    device, reference, experts = cuda.device(runtime), whole(50, top), runtime.to_device(whole(50, top))
+    device.router_forward(runtime.zeros((50, E)), runtime.zeros((50, top)), experts, runtime.to_device(logits))
+    assert runtime.to_host(experts).tolist() == expected
+    with np.errstate(invalid="ignore"):
+        cpu.router_forward(np.zeros((50, E), np.float32), np.zeros((50, top), np.float32), reference, logits)
+    assert reference.tolist() == expected
+
+
 def test_more_experts_than_a_warp_holds_are_refused(emulator):
     logits, few = emulator.zeros((1, 1025)), emulator.zeros((1, 2))
     with pytest.raises(UserError, match="1025 experts, on a GPU at most 1024"):
