@@ -16,6 +16,7 @@ import fake_cupy
 import numpy as np
 import pytest
 import tiny
+from availability import import_cupy, open_gpu, skip_off_linux
 from cuda_emulator import build
 from cuda_emulator.memory import DeviceArray
 from cuda_emulator.runtime import EmulatedRuntime
@@ -40,7 +41,7 @@ F = np.float32
 
 @pytest.fixture(scope="module")
 def cupy():
-    return pytest.importorskip("cupy", reason="CuPy is not installed: pip install -r requirements-test.txt")
+    return import_cupy()
 
 
 # what is passed to each: by position and by name
@@ -87,8 +88,7 @@ def cublas(cupy, tmp_path_factory) -> dict:
     if real.returncode == 0:
         return json.loads(real.stdout)
     assert "libcublas" in real.stderr, real.stderr
-    if missing := build.missing_tool():
-        pytest.skip(f"no cuBLAS, and none can be made up: {missing}")
+    skip_off_linux()
     import cupy_backends
 
     (module,) = Path(cupy_backends.__file__).parent.glob("cuda/libs/cublas.*")
@@ -193,13 +193,13 @@ def test_cublas_takes_what_we_pass(cublas):
     assert runtime_module.CUBLAS_TF32_TENSOR_OP_MATH == 3  # cublas_api.h of CUDA 11.0 to 13.0
 
 
-def test_a_gpu_that_is_not_there_is_no_device(cupy, driver_says, capfd):
-    """Real CuPy on this machine, the driver made to look present."""
-    if cupy.cuda.is_available():
-        pytest.skip("there is a GPU")
-    driver_says(count=1)
-    with pytest.raises(NoDevice, match="the GPU: cudaError"):
-        Runtime()
+def test_a_gpu_that_is_not_there_is_no_device(cupy):
+    """Real CuPy without a GPU, which is hidden where there is one; the driver made to look as if it showed one."""
+    code = "from kernels.cuda import runtime; runtime.check_driver = lambda: None; runtime.Runtime()"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1].startswith("kernels.driver.NoDevice: the GPU: cudaError")
 
 
 def test_cupy_is_imported_from_a_home_that_cannot_be_written(cupy):
@@ -831,10 +831,7 @@ def test_tf32_in_the_trainers_table(folder, capfdbinary):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["float32", "tf32"])
 def real(request):
-    try:
-        return Runtime(tf32=request.param)
-    except NoDevice as error:
-        pytest.skip(f"no GPU: {error}")
+    return open_gpu(tf32=request.param)
 
 
 @pytest.mark.gpu
