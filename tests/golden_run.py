@@ -3,21 +3,27 @@
 python tests/golden_run.py FOLDER    writes model, shards and tokenizer, repeats the three runs there and compares
 """
 
-import subprocess
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import subprocess
 from pathlib import Path
 
 import numpy as np
 
+from llmc.checkpoint import GPT2Config, Model, write_model
+from llmc.dataloader import write_tokens
+from llmc.errors import UserError, run
+from llmc.init import gpt2_init
+from llmc.tokenizer import Tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from llmc.checkpoint import GPT2Config, Model, write_model  # noqa: E402
-from llmc.dataloader import write_tokens  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
-from llmc.init import gpt2_init  # noqa: E402
-from llmc.tokenizer import Tokenizer  # noqa: E402
-
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GPT2Config(maxT=64, V=510, L=2, NH=4, C=64, Vp=512)
 STRIDE = 13  # which parameters, logits and gradients golden.npz keeps
