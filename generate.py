@@ -8,6 +8,11 @@ kept, so a token costs one row of a forward pass however long the text before it
 the older half of the text is forgotten and the newer half run again.
 """
 
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import codecs
 import sys
 import time
@@ -36,7 +41,7 @@ EPILOG = """examples:
 
 
 def arguments() -> cli.ArgumentParser:
-    parser = cli.ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
+    parser = cli.ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
     add = parser.add_argument
     add("-e", "--checkpoint", default="checkpoint.bin", help="model file")
     add("-n", "--tokens", type=cli.positive_int, default=256, help="tokens to generate")

@@ -9,6 +9,11 @@ from GPT-2 is the band: FC1 weights fcw (4C,C) and FC2 weights fcprojw (C,4C) ke
 channel i and hidden unit j; masked are the initial weights, their gradients, and the weights after every update.
 """
 
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import math
 import time
 import warnings
@@ -66,7 +71,7 @@ BY_NUMPY, BY_MERSENNE = range(2)  # default_rng, in files of before; llm.c's Mer
 
 def arguments() -> ArgumentParser:
     """Both reference command lines in one: the bands, and what all trainers have."""
-    parser = ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
     add = parser.add_argument_group("band (-w and -d, or -1 and -2)").add_argument
     add("-w", "--bandwidth", type=natural, help="FC1 bandwidth (default: 256, or the -e file's bands)")
     add("-d", "--dense", type=flag01, default=False, help="1: no band")

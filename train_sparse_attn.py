@@ -14,6 +14,11 @@ KL(p_t || softmax(I_t)), with p_t the mean of the heads' attention; p_t and the 
 the warm-up attention is dense and the indexer learns alone; after it S_t decides and both learn, each by its own loss.
 """
 
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import math
 import time
 import warnings
@@ -79,7 +84,7 @@ k counts the keys of a query, of itself and all before it. Exit status: 0 done, 
 
 
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
     add = parser.add_argument_group("attention (defaults: the -e file's, if it is sparse)").add_argument
     add("--attention", choices=ATTENTION, default="sparse", help="dense: all keys, as GPT-2")
     add("--selector", choices=SELECTORS, default="indexer", help="what chooses the keys: " + ", ".join(SELECTORS))

@@ -14,6 +14,11 @@ sub-tokens (i,k), and each attends to the sub-tokens (j,l) of all tokens j <= i,
 with the period P a constant of the model. Then a D x D matrix mixes the platters, before GPT-2's output projection.
 """
 
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import math
 import time
 import warnings
@@ -52,7 +57,7 @@ ATTENTION = ("qkvw", "qkvb", "attprojw", "attprojb")  # what is trained of a rep
 
 
 def arguments() -> ArgumentParser:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0], epilog=EPILOG)
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
     add = parser.add_argument_group("toroidal attention (kept in the file: not for one that is toroidal)").add_argument
     add("--layers", default="0", help="layers to replace: 0,6 or first:N, last:N, none")
     add("--depth", type=positive_int, help="platters D that a head is cut into (default: 2, 1 for an odd head size)")

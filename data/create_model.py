@@ -12,12 +12,17 @@ The weights are those of llmc.init.gpt2_init for the seed. A vocabulary of V tok
 tokenizer file that goes with the vocabulary is written beside the model, unless it is there already.
 """
 
-import argparse
 import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import argparse
+from pathlib import Path
 
 from data.corpus import shown, write_tokenizer
 from llmc.checkpoint import (

@@ -23,13 +23,19 @@ for a model that has learnt which ids come where, 2.77 if it also answers all qu
 of the keys that are still to come (K = 32, T = 128).
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 from data.corpus import shown, write_corpus
 from llmc.cli import ArgumentParser, positive_int, seed

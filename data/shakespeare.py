@@ -12,12 +12,18 @@ that a model sees whole dialogues.
 Three whole plays are held out for validation, a comedy, a history and a tragedy: Twelfth Night, Richard II, Macbeth.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import importlib.util
 import re
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 from data.corpus import byte_tokens, gpt2_tokens, print_next_commands, write_corpus, write_tokenizer
 from llmc.cli import ArgumentParser

@@ -7,10 +7,16 @@ where llm.c's programs and the trainers look for them. Their sizes must be llm.c
 (no digest is published elsewhere), and each is read once as the trainers read it.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+from pathlib import Path
 
 from data.corpus import make_folder, shown
 from data.download import download

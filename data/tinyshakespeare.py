@@ -6,10 +6,16 @@ Downloads 1,115,394 bytes of text, takes what blank lines separate (mostly speec
 each, and makes the first 32,768 GPT-2 tokens the validation data, the other 305,260 the training data.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+from pathlib import Path
 
 from data.corpus import gpt2_tokens, make_folder, print_next_commands, write_corpus, write_tokenizer
 from data.download import download

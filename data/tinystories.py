@@ -9,12 +9,19 @@ before each. The validation file is llm.c's byte for byte; llm.c appends trainin
 processes finish, so its training file differs from run to run: here it is always in the order of the shards.
 """
 
-import json
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import json
 import random
 import shutil
 import signal
-import sys
 import tarfile
 import zlib
 from collections import deque
@@ -25,8 +32,6 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
 from data.corpus import make_folder, print_next_commands, shown, write_tokenizer
 from data.download import download, require_space

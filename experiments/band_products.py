@@ -8,21 +8,25 @@ bandwidth. NumPy and PyTorch are processes of their own and take turns; OPENBLAS
 unset. Times are medians, and so are ratios, each of two times in the same turn.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from kernels import cpu  # before NumPy, as in the trainers  # isort: skip
+import numpy as np
+import turns
 
-from kernels import cpu  # before NumPy, as in the trainers  # noqa: E402  # isort: skip
-import numpy as np  # noqa: E402
-import turns  # noqa: E402
-
-from kernels.cpu.band_matmul import best_channels  # noqa: E402
-from llmc.cli import ArgumentParser, positive_int  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
+from kernels.cpu.band_matmul import best_channels
+from llmc.cli import ArgumentParser, positive_int
+from llmc.errors import UserError, run
 
 CHANNELS, TOKENS = (128, 512, 768, 1024), (256, 1024, 4096)
 WIDTHS = (64, 128, 256, 512, 1024, 2048)
@@ -140,7 +144,7 @@ def crossover(C: int, N: int, ms: dict[tuple[str, int], np.ndarray]) -> str:
 
 
 def main() -> int:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--channels", default=",".join(map(str, CHANNELS)), help="sizes C")
     add("--tokens", default=",".join(map(str, TOKENS)), help="rows B*T")

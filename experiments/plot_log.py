@@ -6,16 +6,21 @@
 Needs matplotlib: pip install -r requirements-plot.txt
 """
 
-import re
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from llmc.cli import ArgumentParser, natural  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
-from llmc.files import atomic_write, open_file  # noqa: E402
+from llmc.cli import ArgumentParser, natural
+from llmc.errors import UserError, run
+from llmc.files import atomic_write, open_file
 
 FORMATS = (".png", ".svg", ".pdf")
 LINE = re.compile(rb"s:(\d+) ([a-z]+):(\S+)\n")
@@ -46,7 +51,9 @@ def draw(values: dict, path: Path, mark: int) -> None:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("matplotlib is missing", "pip install -r requirements-plot.txt") from None
+        raise UserError(
+            "matplotlib is not installed here", "make plot, or pip install -r requirements-plot.txt"
+        ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -70,7 +77,7 @@ def draw(values: dict, path: Path, mark: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("log", help="a file that -o wrote")
     parser.add_argument("-o", "--output", type=Path, default=Path("plot.png"), help="picture to write")
     parser.add_argument("--mark", type=natural, default=0, help="a step to mark, as the end of the warm-up, 0: none")

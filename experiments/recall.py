@@ -8,23 +8,28 @@ steps with T = 128 and, but for dense, k = 16 keys a query; the indexer's arm fi
 An answer stands 33 to 126 tokens back: a window of the last 16 keys, in two layers, cannot reach it.
 """
 
-import json
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import json
 import re
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from kernels.cpu.blocks import num_threads
+from llmc.cli import ArgumentParser
+from llmc.errors import UserError, run
+from llmc.files import atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from kernels.cpu.blocks import num_threads  # noqa: E402
-from llmc.cli import ArgumentParser  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
-from llmc.files import atomic_write  # noqa: E402
-
 README, RESULTS = ROOT / "README.md", ROOT / "experiments" / "recall.json"
 BEGIN, END = "<!-- table: make recall -->\n", "<!-- end of the table -->\n"
 T, K = 128, 16
@@ -136,7 +141,7 @@ def table(results: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", default="3,4", help="seeds, each from its own random model")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "recall", help="where runs are kept")
     args = parser.parse(argv)

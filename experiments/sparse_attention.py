@@ -10,21 +10,25 @@ NumPy and PyTorch are processes of their own and take turns; OPENBLAS_CORETYPE a
 medians.
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from kernels import cpu  # before NumPy, as in the trainers  # isort: skip
+import numpy as np
+import turns
 
-from kernels import cpu  # before NumPy, as in the trainers  # noqa: E402  # isort: skip
-import numpy as np  # noqa: E402
-import turns  # noqa: E402
-
-from kernels.cpu import sparse_attention as sparse  # noqa: E402
-from llmc.cli import ArgumentParser, positive_int  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
+from kernels.cpu import sparse_attention as sparse
+from llmc.cli import ArgumentParser, positive_int
+from llmc.errors import UserError, run
 
 CHANNELS, LENGTHS = (128, 768), (256, 1024, 4096)
 HEAD, TOKENS = 64, 4096
@@ -159,7 +163,7 @@ def crossover(C: int, T: int, ms: dict) -> str:
 
 
 def main() -> int:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--channels", default=",".join(map(str, CHANNELS)), help=f"sizes C, multiples of {HEAD}")
     add("--lengths", default=",".join(map(str, LENGTHS)), help="lengths T of a sequence")

@@ -11,23 +11,26 @@ OpenBLAS finds out about the processor. Peak memory is the operating system's fi
 """
 
 import os
-import resource
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import resource
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import kernels  # before NumPy, as in the trainers  # isort: skip
+import numpy as np
+import turns
 
-import kernels  # before NumPy, as in the trainers  # noqa: E402  # isort: skip
-import numpy as np  # noqa: E402
-import turns  # noqa: E402
-
-from llmc.checkpoint import GPT2Config, named_views, tensor_shapes  # noqa: E402
-from llmc.cli import ArgumentParser, natural, positive_int  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
-from llmc.init import gpt2_init  # noqa: E402
+from llmc.checkpoint import GPT2Config, named_views, tensor_shapes
+from llmc.cli import ArgumentParser, natural, positive_int
+from llmc.errors import UserError, run
+from llmc.init import gpt2_init
 
 SIZES = {"tiny": GPT2Config(maxT=256, L=4, NH=4, C=128), "124M": GPT2Config()}
 STEPS = {"tiny": 40, "124M": 12}
@@ -160,7 +163,7 @@ def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> str:
 
 
 def main() -> int:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--sizes", default="tiny,124M", help="which models, of tiny and 124M")
     add("--steps", type=natural, default=0, help="steps to time, 0: 40 of tiny, 12 of 124M")

@@ -8,6 +8,11 @@ banded C trainers, train_gpt2.cu and ours from 1, the -o logs from 0. Here a tra
 validation loss belongs to the number of updates done before it.
 """
 
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import math
 import os
 import re

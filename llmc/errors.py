@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from llmc import startup
+
 
 class UserError(Exception):
     """What was found and what was expected, naming the file or flag; `hint` is the command or change that helps."""
@@ -38,6 +40,7 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stderr.reconfigure(errors="backslashreplace")
     try:
+        startup.end()  # in here Ctrl-C is told below
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:

@@ -6,13 +6,18 @@ Last line `overall okay: 1` and exit status 0 if logits are within 1e-4 and each
 file's, and for OpenAI's 124M model also the losses of ten updates within 1e-2 of llm.c's (else 0, and status 1).
 """
 
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import time
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from kernels import cpu
 from llmc.checkpoint import named_views, read_model, tensor_shapes

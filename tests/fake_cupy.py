@@ -39,7 +39,8 @@ class Event:
 
 
 class FakeCupy:
-    """Stands for the module cupy. allocations: what was asked for; launches, waits: what was done, in order."""
+    """module stands for cupy, and has nothing that CuPy lacks. allocations: what was asked for; launches, waits: what
+    was done, in order."""
 
     def __init__(self, name=b"Fake GPU", major=9, kernels=None):
         self.allocations, self.launches, self.waits, self.queue = [], [], [], []
@@ -79,7 +80,7 @@ class FakeCupy:
                 return out
 
         self.ndarray = ndarray
-        self.cuda = SimpleNamespace(
+        cuda = SimpleNamespace(
             alloc_pinned_memory=self.alloc_pinned_memory,
             Event=lambda disable_timing: Event(self),
             get_cublas_handle=lambda: 77,
@@ -89,7 +90,6 @@ class FakeCupy:
                 CUBLAS_OP_N=0,
                 CUBLAS_OP_T=1,
                 CUBLAS_DEFAULT_MATH=0,
-                CUBLAS_TF32_TENSOR_OP_MATH=3,
             ),
             runtime=SimpleNamespace(
                 getDevice=lambda: 0,
@@ -98,6 +98,9 @@ class FakeCupy:
                 deviceSynchronize=self.run,
             ),
             compiler=SimpleNamespace(CompileException=CompileException),
+        )
+        self.module = SimpleNamespace(
+            ndarray=ndarray, empty=self.empty, zeros=self.zeros, RawModule=self.RawModule, cuda=cuda
         )
 
     def enqueue(self, operation):

@@ -3,17 +3,22 @@
 python tests/golden_run.py FOLDER    writes model, shards and tokenizer, repeats the three runs there and compares
 """
 
-import subprocess
+import os
 import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
+import subprocess
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from llmc.checkpoint import (  # noqa: E402
+from llmc.checkpoint import (
     MATRICES,
     GPT2Config,
     Model,
@@ -22,10 +27,11 @@ from llmc.checkpoint import (  # noqa: E402
     tensor_shapes,
     write_model,
 )
-from llmc.dataloader import write_tokens  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
-from llmc.tokenizer import Tokenizer  # noqa: E402
+from llmc.dataloader import write_tokens
+from llmc.errors import UserError, run
+from llmc.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GPT2Config(maxT=64, V=510, L=2, NH=4, C=64, Vp=512)
 INITIAL_CRC = 0xD01A896C  # of the bytes of the parameters

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from availability import skip_off_linux
 from cuda_emulator import build
 from cuda_emulator.runtime import SCHEDULES, DeviceArray, EmulatedRuntime, KernelError
 
 PLANTED = Path(__file__).parent / "cuda_emulator" / "planted"
 ORDERS = [("ascending", 0), ("descending", 0), ("random", 1), ("random", 2)]
 
-pytestmark = pytest.mark.skipif(bool(build.missing_tool()), reason=build.missing_tool())
+skip_off_linux()
 
 
 def emulated(mode: str, schedule: str = "ascending", seed: int = 0, portable: bool = False) -> EmulatedRuntime:

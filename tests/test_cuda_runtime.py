@@ -2,7 +2,9 @@
 
 import ast
 import ctypes
+import functools
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -14,6 +16,10 @@ import fake_cupy
 import numpy as np
 import pytest
 import tiny
+from availability import import_cupy, open_gpu, skip_off_linux
+from cuda_emulator import build
+from cuda_emulator.memory import DeviceArray
+from cuda_emulator.runtime import EmulatedRuntime
 
 import kernels
 import train_banded
@@ -35,7 +41,7 @@ F = np.float32
 
 @pytest.fixture(scope="module")
 def cupy():
-    return pytest.importorskip("cupy", reason="CuPy is not installed: pip install -r requirements-test.txt")
+    return import_cupy()
 
 
 # what is passed to each: by position and by name
@@ -58,15 +64,73 @@ CALLS = {
     "cuda.runtime.memGetInfo": ([], []),
     "cuda.runtime.deviceSynchronize": ([], []),
 }
-CUBLAS = (
-    "sgemm(intptr_t handle, int transa, int transb, int m, int n, int k, size_t alpha, size_t A, int lda, size_t B, "
-    "int ldb, size_t beta, size_t C, int ldc)",
-    "setMathMode(intptr_t handle, int mode)",
-    "CUBLAS_OP_N",
-    "CUBLAS_OP_T",
-    "CUBLAS_DEFAULT_MATH",
-    "CUBLAS_TF32_TENSOR_OP_MATH",
-)
+CUBLAS = {  # a signature, or a value of cublas_api.h
+    "sgemm": "sgemm(intptr_t handle, int transa, int transb, int m, int n, int k, size_t alpha, size_t A, int lda, "
+    "size_t B, int ldb, size_t beta, size_t C, int ldc)",
+    "setMathMode": "setMathMode(intptr_t handle, int mode)",
+    "CUBLAS_OP_N": 0,
+    "CUBLAS_OP_T": 1,
+    "CUBLAS_DEFAULT_MATH": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def cublas(cupy, tmp_path_factory) -> dict:
+    """{name: its value, or the signature of a function} of the real cupy.cuda.cublas.
+
+    It cannot be imported without cuBLAS, which is too large to have here. So it is given a library that has cuBLAS's
+    functions by name, and they do nothing: what CuPy's own module holds shows. That its file contains a name proves
+    nothing: debug information has names of the C header that Python never sees.
+    """
+    code = "import json, cupy; public = {n: v for n, v in vars(cupy.cuda.cublas).items() if n[0] != '_'}\n"
+    code += "print(json.dumps({n: v if isinstance(v, int) else v.__doc__ or '' for n, v in public.items()}))"
+    real = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if real.returncode == 0:
+        return json.loads(real.stdout)
+    assert "libcublas" in real.stderr, real.stderr
+    skip_off_linux()
+    import cupy_backends
+
+    (module,) = Path(cupy_backends.__file__).parent.glob("cuda/libs/cublas.*")
+    folder = tmp_path_factory.mktemp("cublas")
+    functions = sorted(set(re.findall(rb"\x00(cublas[A-Z]\w+)\x00", module.read_bytes())))
+    (folder / "cublas.c").write_text("".join(f"void {name.decode()}(void) {{}}\n" for name in functions))
+    # what CuPy looks for, and what its module is linked with
+    for soname in set(re.findall(r"libcublas\w*\.so\.\d+", real.stderr + module.read_bytes().decode("latin-1"))):
+        options = ["-xc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", folder / soname]
+        subprocess.run([build.COMPILER, *options, folder / "cublas.c"], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# of which type an attribute is, where the type alone is looked at
+TYPES = {
+    "ndarray.data": "cuda.MemoryPointer",
+    "ndarray.device": "cuda.Device",
+    "ndarray.flags": "_core.flags.Flags",
+}
+
+
+def in_cupy(cupy, cublas: dict, name: str) -> bool:
+    """Whether the real CuPy has the dotted name."""
+    if name.startswith("cuda.cublas."):
+        return name.removeprefix("cuda.cublas.") in cublas
+    if name == "cuda.cublas":
+        return bool(cublas)
+    thing, so_far = cupy, ""
+    for part in name.split("."):
+        if not hasattr(thing, part):
+            return False
+        so_far = f"{so_far}.{part}".lstrip(".")
+        thing = in_type(cupy, TYPES[so_far]) if so_far in TYPES else getattr(thing, part)
+    return True
+
+
+def in_type(cupy, name: str):
+    return functools.reduce(getattr, name.split("."), cupy)
 
 
 def parameters(function) -> list[str]:
@@ -92,10 +156,29 @@ def test_cupy_takes_what_we_pass(cupy, name):
     assert set(named) <= set(found[len(positional) :])
 
 
-def test_cupy_has_the_attributes_that_we_read(cupy):
-    for name in ("data", "device", "flags", "dtype", "shape", "ndim", "nbytes"):
-        assert hasattr(cupy.ndarray, name), name
-    assert hasattr(cupy.cuda.MemoryPointer, "ptr") and hasattr(cupy.cuda.Device, "id")
+def test_cupy_has_every_name_that_we_touch(cupy, cublas):
+    names = {name.removeprefix("cupy.") for name in names_used(RUNTIME)}
+    names |= {f"ndarray.{name}" for name in names_of_device_arrays()}
+    assert len(names) > 30 and [name for name in sorted(names) if not in_cupy(cupy, cublas, name)] == []
+    # that a name is missed: CuPy 14 had neither
+    assert not in_cupy(cupy, cublas, "cuda.cublas.CUBLAS_TF32_TENSOR_OP_MATH")
+    assert not in_cupy(cupy, cublas, "ndarray.data.address")
+
+
+def test_the_fake_has_no_name_that_cupy_lacks(fake, gpu, cupy, cublas):
+    """Nor one that the list in runtime.py lacks, so that a test on the fake is one of what is listed."""
+    offered = names_offered(fake) - FOR_TESTS
+    assert [name for name in sorted(offered) if not in_cupy(cupy, cublas, name)] == []
+    listed = {name.removeprefix("cupy.") for name in names_listed(RUNTIME)}
+    outer = {name.rpartition(".")[0] for name in listed} | {"cuda", "ndarray.device", "ndarray.flags"}
+    assert offered - listed - outer == set()
+    launchers = {f"ndarray.{name}" for name in names_of_device_arrays()}
+    assert listed - offered - launchers == set()
+    fake.module.cuda.cublas.CUBLAS_TF32_TENSOR_OP_MATH = 3
+    assert "cuda.cublas.CUBLAS_TF32_TENSOR_OP_MATH" in names_offered(fake)
+
+
+def test_errors_of_cupy(cupy):
     error = cupy.cuda.compiler.CompileException("gelu.cu(3): error: no", "source", "name", ())
     assert isinstance(error, Exception) and str(error) == "gelu.cu(3): error: no"
     assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
@@ -103,23 +186,20 @@ def test_cupy_has_the_attributes_that_we_read(cupy):
     assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
 
 
-def test_cublas_takes_what_we_pass(cupy):
-    """Its module cannot be imported without cuBLAS, which is too large to have here, but its file holds signatures."""
-    import cupy_backends
-
-    (module,) = Path(cupy_backends.__file__).parent.glob("cuda/libs/cublas.*")
-    text = module.read_bytes()
-    for name in CUBLAS:
-        assert name.encode() in text, name
+def test_cublas_takes_what_we_pass(cublas):
+    for name, expected in CUBLAS.items():
+        found = cublas[name]
+        assert (found if isinstance(expected, int) else found.splitlines()[0]) == expected, name
+    assert runtime_module.CUBLAS_TF32_TENSOR_OP_MATH == 3  # cublas_api.h of CUDA 11.0 to 13.0
 
 
-def test_a_gpu_that_is_not_there_is_no_device(cupy, driver_says, capfd):
-    """Real CuPy on this machine, the driver made to look present."""
-    if cupy.cuda.is_available():
-        pytest.skip("there is a GPU")
-    driver_says(count=1)
-    with pytest.raises(NoDevice, match="the GPU: cudaError"):
-        Runtime()
+def test_a_gpu_that_is_not_there_is_no_device(cupy):
+    """Real CuPy without a GPU, which is hidden where there is one; the driver made to look as if it showed one."""
+    code = "from kernels.cuda import runtime; runtime.check_driver = lambda: None; runtime.Runtime()"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1].startswith("kernels.driver.NoDevice: the GPU: cudaError")
 
 
 def test_cupy_is_imported_from_a_home_that_cannot_be_written(cupy):
@@ -138,16 +218,35 @@ def test_cupy_is_imported_from_a_home_that_cannot_be_written(cupy):
     assert run("import cupy").returncode == 1
 
 
+# what variables and attributes of runtime.py hold, where it is not seen from how they are assigned
+HOLD = {
+    "_cupy": "cupy",
+    "array": "cupy.ndarray",
+    "copy": "cupy.ndarray",
+    "out": "cupy.ndarray",
+    "a": "cupy.ndarray",
+    "b": "cupy.ndarray",
+    "value": "cupy.ndarray",
+    "_buffers": "cupy.ndarray",  # at each key
+    "copied": "cupy.cuda.Event",
+    "_copied": "cupy.cuda.Event",
+    "module": "cupy.RawModule",
+}
+
+
 def names_used(path: Path) -> set[str]:
-    """The dotted names that start at cupy, or self._cupy, in a module: "cuda.runtime.getDevice", ..."""
+    """The dotted names of CuPy in a module: "cupy.cuda.runtime.getDevice", "cupy.ndarray.data.ptr", ..."""
     tree, found, aliases = ast.parse(path.read_text()), set(), {}
 
     def chain(node) -> str | None:
+        if isinstance(node, ast.Subscript):
+            return chain(node.value) if isinstance(node.value, ast.Attribute) and node.value.attr in HOLD else None
         if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                return HOLD.get(node.attr)
             head = chain(node.value)
-            is_cupy = node.attr == "_cupy" and isinstance(node.value, ast.Name)
-            return "cupy" if is_cupy else head and f"{head}.{node.attr}"
-        return aliases.get(node.id) if isinstance(node, ast.Name) else None
+            return head and f"{head}.{node.attr}"
+        return aliases.get(node.id, HOLD.get(node.id)) if isinstance(node, ast.Name) else None
 
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign):
@@ -158,15 +257,47 @@ def names_used(path: Path) -> set[str]:
     inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     for node in ast.walk(tree):
         name = chain(node) if isinstance(node, ast.Attribute) and id(node) not in inner else None
-        if name and "." in name and name not in aliases.values():
+        direct = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        if name and not direct and name not in aliases.values():
             found.add(name)
     return found
 
 
-def names_listed(docstring: str) -> set[str]:
-    """The dotted names that the list in the module's docstring has."""
+def names_of_device_arrays() -> set[str]:
+    """What the emulator's arrays have: trainers and launchers run on them in tests, so they use no more."""
+    public = {name for name in vars(DeviceArray) if name[0] != "_"} - {"values"}
+    return public | {"__len__", "__getitem__"}
+
+
+# what the fake has for tests to look at
+FOR_TESTS = {"ndarray.values", "ndarray.data.bytes", "cuda.Event.fake", "cuda.Event.position"}
+
+
+def names_offered(fake) -> set[str]:
+    """The dotted names, without "cupy.", that a FakeCupy offers to runtime.py."""
+    array = fake.module.zeros(1, np.float32)
+    objects = {
+        "ndarray": array,
+        "RawModule": fake.module.RawModule(code="", options=()),
+        "cuda.Event": fake.module.cuda.Event(disable_timing=True),
+    }
     found = set()
-    for line in re.findall(r"^    (cupy.*|an array's .*)$", re.sub(r"\([^()]*\)", "", docstring), re.MULTILINE):
+
+    def look(prefix: str, thing):
+        for name in (name for name in dir(thing) if name[0] != "_"):
+            found.add(prefix + name)
+            inner = objects.get(prefix + name, getattr(thing, name))
+            if isinstance(inner, SimpleNamespace | fake_cupy.Memory | fake.module.ndarray | fake_cupy.Event):
+                look(f"{prefix}{name}.", inner)
+
+    look("", fake.module)
+    return found
+
+
+def names_listed(path: Path) -> set[str]:
+    """The dotted names that the list in the module's docstring has."""
+    docstring, found = ast.get_docstring(ast.parse(path.read_text()), clean=False), set()
+    for line in re.findall(r"^    (cupy.*)$", re.sub(r"\([^()]*\)", "", docstring), re.MULTILINE):
         prefix, colon, names = line.partition(": ")
         if colon:
             found |= {f"{prefix}.{name}" for name in names.split(", ")}
@@ -176,10 +307,27 @@ def names_listed(docstring: str) -> set[str]:
 
 
 def test_runtime_uses_no_more_of_cupy_than_it_says():
-    listed = names_listed(ast.get_docstring(ast.parse(RUNTIME.read_text()), clean=False))
-    assert names_used(RUNTIME) == listed
-    tested = {f"cupy.{name}" for name in CALLS} | {f"cupy.cuda.cublas.{name.partition('(')[0]}" for name in CUBLAS}
-    assert listed - tested == {"cupy.cuda.compiler.CompileException"}
+    listed, used = names_listed(RUNTIME), names_used(RUNTIME)
+    words = set(re.findall(r"\w+", RUNTIME.read_text()))
+    assert HOLD.keys() <= words
+    in_launchers = {f"cupy.ndarray.{name}" for name in names_of_device_arrays()}
+    assert used <= listed and listed - used <= in_launchers
+    assert {name for name in in_launchers if not any(f"{one}.".startswith(f"{name}.") for one in listed)} == set()
+    called = {f"cupy.{name}" for name in CALLS} | {f"cupy.cuda.cublas.{name}" for name in CUBLAS}
+    read = {"dtype", "shape", "ndim", "nbytes", "data", "data.ptr", "device.id", "flags.c_contiguous"}
+    assert used - called == {"cupy.cuda.compiler.CompileException"} | {f"cupy.ndarray.{name}" for name in read}
+
+
+def test_launchers_ask_a_runtime_for_what_both_runtimes_have():
+    used = set()
+    for path in (path for path in RUNTIME.parent.glob("*.py") if path.name not in ("runtime.py", "compile.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used |= {node.attr} if node.value.id in ("cuda", "runtime") else set()
+    assert used > {"launch", "scratch", "gemm", "memory", "name", "tf32"}
+    for runtime in (Runtime, EmulatedRuntime):
+        assigned = set(re.findall(r"self\.(\w+)", inspect.getsource(runtime.__init__) + inspect.getsource(runtime)))
+        assert used - set(dir(runtime)) - assigned == set(), runtime
 
 
 def test_nothing_else_imports_cupy():
@@ -189,7 +337,8 @@ def test_nothing_else_imports_cupy():
     for path in files:
         for line in re.findall(r"^ *((?:import|from) +cupy\b.*)$", path.read_text(), re.MULTILINE):
             importing.setdefault(str(path.relative_to(ROOT)), []).append(line)
-    importing.pop("tests/test_cuda_runtime.py", None)
+    for path in ("tests/test_cuda_runtime.py", "tests/availability.py"):
+        importing.pop(path, None)
     assert importing == {
         "kernels/cuda/runtime.py": ["import cupy"],
         "kernels/cuda/compile.py": ["from cupy.cuda import nvrtc"] * 2,
@@ -250,7 +399,7 @@ def fake(monkeypatch, tmp_path, driver_says):
     driver_says()
     planted_in_python = {"scale_kernel": scale, "count_kernel": count, "scale_again_kernel": lambda out, N: None}
     fake = fake_cupy.FakeCupy(kernels=planted_in_python)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "cupy", fake.module)
     yield fake
     runtime_module.open_cache.cache_clear()
 
@@ -427,7 +576,7 @@ def test_an_error_that_a_wait_finds_is_no_traceback(gpu, fake, monkeypatch):
         raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
 
     monkeypatch.setattr(fake, "run", fail)
-    fake.cuda.runtime.deviceSynchronize = fail
+    fake.module.cuda.runtime.deviceSynchronize = fail
     for call, doing in (
         (lambda: gpu.to_host(array), "copying to the host"),
         (later, "copying to the host"),
@@ -443,8 +592,8 @@ def test_an_error_that_a_wait_finds_is_no_traceback(gpu, fake, monkeypatch):
 
 def test_a_file_is_compiled_once(gpu, fake, capfd):
     modules = []
-    compile_module = fake.RawModule
-    fake.RawModule = lambda code, options: modules.append((code, options)) or compile_module(code, options)
+    compile_module = fake.module.RawModule
+    fake.module.RawModule = lambda code, options: modules.append((code, options)) or compile_module(code, options)
     for _ in range(2):
         gpu.launch("scale_again_kernel", 1, 1, (gpu.zeros(8), 8))
         gpu.launch("count_kernel", 1, 1, (gpu.zeros(8, np.int32), 8))
@@ -556,7 +705,7 @@ def test_tf32_is_a_mode_of_cublas(fake, monkeypatch):
     assert not Runtime().tf32 and fake.math_mode == (77, 0)
     assert Runtime(tf32=True).tf32 and fake.math_mode == (77, 3)
     older = fake_cupy.FakeCupy(major=7)
-    monkeypatch.setitem(sys.modules, "cupy", older)
+    monkeypatch.setitem(sys.modules, "cupy", older.module)
     assert not Runtime(tf32=True).tf32 and older.math_mode == (77, 0)
 
 
@@ -629,12 +778,12 @@ def test_with_a_driver_that_is_too_old(fake, capfd):
     def fail():
         raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
 
-    fake.cuda.runtime.getDevice = fail
+    fake.module.cuda.runtime.getDevice = fail
     check_falls_back("the GPU: cudaErrorInsufficientDriver: CUDA driver version is insufficient", capfd)
 
 
 def test_with_a_cupy_that_lacks_a_part(fake, capfd):
-    del fake.cuda.cublas
+    del fake.module.cuda.cublas
     check_falls_back("Fake GPU: AttributeError .*cublas", capfd)
 
 
@@ -651,7 +800,7 @@ def test_with_a_gpu_that_computes_nonsense(fake, capfd):
     with pytest.raises(NoDevice, match=r"Fake GPU: the probe kernel computed 0.0, expected -1.0"):
         Runtime()
     fake.kernels["probe_kernel"] = fake.probe
-    fake.cuda.cublas.sgemm = lambda *_: None
+    fake.module.cuda.cublas.sgemm = lambda *_: None
     with pytest.raises(NoDevice, match=r"Fake GPU: cuBLAS computed 0.0, expected 5.0"):
         Runtime()
 
@@ -683,10 +832,7 @@ def test_tf32_in_the_trainers_table(folder, capfdbinary):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["float32", "tf32"])
 def real(request):
-    try:
-        return Runtime(tf32=request.param)
-    except NoDevice as error:
-        pytest.skip(f"no GPU: {error}")
+    return open_gpu(tf32=request.param)
 
 
 @pytest.mark.gpu
@@ -704,6 +850,18 @@ def test_gemm_of_cublas(real, M, N, K, transa, transb):
         error = np.abs(real.to_host(out) - expected).max() / np.sqrt(K)
         print(f"gemm {M}x{N}x{K} beta {beta}: {error:.1e} sqrt(K)")
         assert error < (5e-3 if real.tf32 else 5e-6)
+
+
+@pytest.mark.gpu
+def test_tf32_is_switched_on_where_it_is_asked_for(real):
+    """Operands keep 11 bits of 24: products of normal values are off by about 3e-4, the largest of many by 1e-3."""
+    random = np.random.default_rng(2)
+    a, b = (random.standard_normal((512, 512)).astype(F) for _ in range(2))
+    out = real.zeros((512, 512))
+    real.gemm(out, real.to_device(a), real.to_device(b))
+    error = np.abs(real.to_host(out) - a.astype(float) @ b).max() / np.sqrt(512)
+    print(f"tf32 {real.tf32}: {error:.1e} sqrt(K)")
+    assert 1e-4 < error < 5e-3 if real.tf32 else error < 5e-6
 
 
 @pytest.mark.gpu

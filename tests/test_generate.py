@@ -225,7 +225,6 @@ def test_any_prompt_is_printed_as_it_is(write, prompt):
 
 
 def test_a_prompt_is_encoded_by_byte_pairs(folder, write, monkeypatch):
-    pytest.importorskip("tiktoken")
     tokens = [*byte_tokenizer().tokens, b"<|endoftext|>", b"he", b"ll", b"llo", b"hello"]
     tiny.make_folder(folder / "bpe", tiny.resized(V=len(tokens)))
     Tokenizer(tokens, 256).write("bpe/tokenizer.bin")

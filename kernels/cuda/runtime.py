@@ -1,14 +1,21 @@
 """Memory, launches and matrix products on an NVIDIA GPU: all that this project asks of CuPy.
 
-    cupy.RawModule(code=, options=), its get_function(name), and the kernel's call (grid, block, args, shared_mem=)
+    cupy.RawModule(code=, options=), and the call of a kernel (grid, block, args, shared_mem=)
+    cupy.RawModule: get_function(name)
     cupy.cuda.compiler.CompileException
     cupy.zeros(shape, dtype), cupy.empty(shape, dtype), cupy.ndarray(shape, dtype, memptr=)
-    an array's set(arr), get(out=, blocking=), data.ptr, device.id, flags.c_contiguous, dtype, shape, ndim, nbytes
+    cupy.ndarray: set(arr), get(out=, blocking=), data, data.ptr, device.id, flags.c_contiguous
+    cupy.ndarray: dtype, shape, ndim, nbytes
     cupy.cuda.alloc_pinned_memory(size)
-    cupy.cuda.Event(disable_timing=), its record() and synchronize()
+    cupy.cuda.Event(disable_timing=)
+    cupy.cuda.Event: record(), synchronize()
     cupy.cuda.get_cublas_handle()
-    cupy.cuda.cublas: sgemm, setMathMode, CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_DEFAULT_MATH, CUBLAS_TF32_TENSOR_OP_MATH
+    cupy.cuda.cublas: sgemm, setMathMode, CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_DEFAULT_MATH
     cupy.cuda.runtime: getDevice(), getDeviceProperties(device), memGetInfo(), deviceSynchronize()
+
+and what launchers and trainers, which never import it, do with its arrays (tests/cuda_emulator/memory.py has no more):
+
+    cupy.ndarray: size, fill(value), reshape(shape), __len__(), __getitem__(integers and slices)
 
 Everything runs in order on CuPy's current stream. No arithmetic is CuPy's own, which would allocate its results and
 launch kernels that nobody here has read. Which GPU is used, CUDA_VISIBLE_DEVICES says.
@@ -38,6 +45,7 @@ MAX_BLOCK = (1024, 1024, 64)
 MAX_SHARED = 48 << 10  # bytes; a kernel needs an attribute, which is not set here, to be given more
 MAX_INT = 2**31 - 1  # cuBLAS counts rows and columns in ints
 AMPERE = 8  # major compute capability from which on there is TF32
+CUBLAS_TF32_TENSOR_OP_MATH = 3  # cublas_api.h, cublasMath_t; CuPy 14 has no name for it
 
 PROBE = """extern "C" __global__ void __launch_bounds__(32) probe_kernel(float* out, float step, int N) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -91,7 +99,7 @@ class Runtime:
         self.tf32 = tf32 and properties["major"] >= AMPERE
         self._cublas, cublas = self._cupy.cuda.get_cublas_handle(), self._cupy.cuda.cublas
         # the default mode never rounds float32 operands
-        cublas.setMathMode(self._cublas, cublas.CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)
+        cublas.setMathMode(self._cublas, CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)
         self._sgemm, self._operations = cublas.sgemm, (cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T)
         # cuBLAS reads alpha and beta from the host before its call returns: the pointer mode that a handle starts with
         # and that nobody changes
@@ -104,12 +112,12 @@ class Runtime:
         out = self.zeros(N)
         probe = self._compile(PROBE, "the probe kernel", ["probe_kernel"])["probe_kernel"]
         probe((2, 1, 1), (32, 1, 1), (out, np.float32(step), np.int32(N)), shared_mem=0)
-        a, b = np.arange(6.0).reshape(2, 3), np.arange(12.0).reshape(4, 3)
+        left, right = np.arange(6.0).reshape(2, 3), np.arange(12.0).reshape(4, 3)
         product = self.zeros((2, 4))
-        self.gemm(product, *(self.to_device(x.astype(np.float32)) for x in (a, b)), transb=True)
+        self.gemm(product, *(self.to_device(x.astype(np.float32)) for x in (left, right)), transb=True)
         for what, found, expected in (
             ("the probe kernel", self.to_host(out), np.arange(N) * step - 1),
-            ("cuBLAS", self.to_host(product), a @ b.T),
+            ("cuBLAS", self.to_host(product), left @ right.T),
         ):
             if not np.array_equal(found, expected):
                 wrong = np.flatnonzero(found != expected)[0]

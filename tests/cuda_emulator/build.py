@@ -62,10 +62,15 @@ class BuildError(RuntimeError):
     """g++ is missing, or refuses a file: the message has its own, with file and line."""
 
 
+def foreign_system() -> str:
+    """Why the emulator cannot run on this system, "" if it can."""
+    return "" if sys.platform == "linux" else f"the CUDA emulator runs on Linux, not on {sys.platform}"
+
+
 def missing_tool() -> str:
     """Why nothing can be compiled here, "" if it can."""
-    if sys.platform != "linux":
-        return f"the CUDA emulator runs on Linux, not on {sys.platform}"
+    if reason := foreign_system():
+        return reason
     missing = [tool for tool in (COMPILER, "addr2line") if not shutil.which(tool)]
     return f"the CUDA emulator needs {' and '.join(missing)}: apt install g++ binutils" if missing else ""
 
