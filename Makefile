@@ -93,20 +93,20 @@ lint: $(VENV)/test-ready  ## ruff
 	$(PY) -m ruff format --check .
 
 kernels: $(VENV)/test-ready  ## compile the CUDA kernels for all GPUs, without one: registers, spills, warnings
-	$(PY) -m kernels.cuda.compile
+	$(PY) -m kernels.cuda.runtime.compile
 
 roofline: setup  ## bounds of every CUDA kernel on three GPUs, written into kernels/cuda/README.md
-	$(PY) -m kernels.cuda.roofline
+	$(PY) -m kernels.cuda.runtime.roofline
 
 bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed; from which k on sparse attention gathers
-	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/step_time.py
-	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/sparse_attention.py --channels 128 --lengths 256,1024 --repeats 3
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/step_time.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/sparse_attention.py --channels 128 --lengths 256,1024 --repeats 3
 
 bench_band: setup  ## the products of banded MLPs against dense ones, written to benchmarks/RESULTS.md
-	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/band_products.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/band_products.py
 
 bench_sparse: setup  ## sparse attention, masked and gathered, against dense, written to benchmarks/RESULTS.md
-	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) experiments/sparse_attention.py
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/sparse_attention.py
 
 diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden

@@ -29,9 +29,9 @@ from llmc import cli
 from llmc.checkpoint import BANDED, SPARSE_ATTENTION, TOROIDAL, DeepSeekConfig, read_model
 from llmc.errors import UserError, run
 from llmc.sampler import Sampler, filter_top_k_top_p, sample_probabilities, softmax
-from llmc.sparsity import Sparsity, description, read_sparsity
 from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
-from llmc.torus import read_torus
+from systems.sparsity import Sparsity, description, read_sparsity
+from systems.torus import read_torus
 
 EPILOG = """examples:
   python generate.py -e checkpoint.bin -n 100

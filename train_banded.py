@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from kernels.cpu.band_mask import band_mask
+from kernels.cpu.band.band_mask import band_mask
 from llmc import loop, options, table
 from llmc.checkpoint import (
     BANDED,

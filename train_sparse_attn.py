@@ -46,8 +46,9 @@ from llmc.logger import Logger
 from llmc.rand import normals
 from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
-from llmc.selection import Agreement, report
-from llmc.sparsity import (
+from llmc.tokenizer import end_of_text, open_tokenizer
+from systems.selection import Agreement, report
+from systems.sparsity import (
     ADAPTIVE,
     ATTENTION,
     FEATURES,
@@ -65,7 +66,6 @@ from llmc.sparsity import (
     read_sparsity,
     share,
 )
-from llmc.tokenizer import end_of_text, open_tokenizer
 
 ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
 

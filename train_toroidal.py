@@ -39,7 +39,7 @@ from llmc.rand import normals
 from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
 from llmc.tokenizer import end_of_text, open_tokenizer
-from llmc.torus import FUSIONS, MODES, ROPES, Torus, choose_torus, extra_shapes, factors, print_torus
+from systems.torus import FUSIONS, MODES, ROPES, Torus, choose_torus, extra_shapes, factors, print_torus
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options

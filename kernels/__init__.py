@@ -36,7 +36,7 @@ def _open_cuda(tf32: bool, needed: bool):
     try:
         check_driver()  # first: a machine without a GPU need not even import what drives one
         from kernels.cuda import device
-        from kernels.cuda.runtime import Runtime
+        from kernels.cuda.runtime.runtime import Runtime
 
         return device(Runtime(tf32))
     except NoDevice as reason:

@@ -12,7 +12,7 @@ from cuda_emulator import build
 from cuda_emulator.runtime import EmulatedRuntime
 from packaging.requirements import Requirement
 
-from kernels.cuda.runtime import Runtime
+from kernels.cuda.runtime.runtime import Runtime
 from kernels.driver import NoDriver, check_driver
 
 ROOT = Path(__file__).parent.parent

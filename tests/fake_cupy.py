@@ -1,4 +1,4 @@
-"""As much of CuPy as kernels/cuda/runtime.py uses, in NumPy, on a GPU that does nothing until somebody waits for it.
+"""As much of CuPy as kernels/cuda/runtime/runtime.py uses, in NumPy, on a GPU that works when somebody waits for it.
 
 Addresses are the host's, so sgemm reads through pointers as cuBLAS does. Sources are not compiled: a kernel is a Python
 function in FakeCupy.kernels.

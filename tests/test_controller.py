@@ -5,8 +5,8 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
-from kernels.cpu.keep_controller import FEATURES, HIDDEN, TYPICAL
-from kernels.cpu.upstream_controller import upstream_controller_shapes
+from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, TYPICAL
+from kernels.cpu.sparse.upstream_controller import upstream_controller_shapes
 
 
 def features_of(x, maxT, parts=None) -> tuple[np.ndarray, np.ndarray]:

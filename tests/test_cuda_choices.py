@@ -19,8 +19,8 @@ from cuda_emulator.runtime import EmulatedRuntime
 from test_sparse_model import tiny_model
 
 from kernels import cpu, cuda
-from kernels.cuda.runtime import NoDevice, Runtime
-from llmc.sparsity import Sparsity
+from kernels.cuda.runtime.runtime import NoDevice, Runtime
+from systems.sparsity import Sparsity
 from train_sparse_attn import GPT2
 
 INF = np.inf

@@ -5,9 +5,9 @@ import re
 import pytest
 from availability import import_cupy
 
-from kernels.cuda import compile as compiler
-from kernels.cuda import source
-from kernels.cuda.compile import Usage, occupancy
+from kernels.cuda.runtime import compile as compiler
+from kernels.cuda.runtime import source
+from kernels.cuda.runtime.compile import Usage, occupancy
 from llmc.errors import UserError
 
 GOOD = """extern "C" __global__ void __launch_bounds__(256)

@@ -7,8 +7,8 @@ import pytest
 from check_op import relative
 
 from kernels import cpu, cuda
-from kernels.cpu.band_mask import band_columns
-from kernels.cuda.matmul import LADDER, matmul_forward_by_hand
+from kernels.cpu.band.band_mask import band_columns
+from kernels.cuda.gpt2.matmul import LADDER, matmul_forward_by_hand
 from llmc.errors import UserError
 
 TOL = 1e-5  # of float32 against float64, relative to the tensor's largest value

@@ -7,7 +7,7 @@ from test_cuda_kernels import TOL, check, nan, place, rounded
 from test_mla import lists_of
 
 from kernels import cpu, cuda
-from kernels.cuda import latent_attention
+from kernels.cuda.deepseek import latent_attention
 from llmc.errors import UserError
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from kernels.cpu import band_mask
-from kernels.cuda import roofline
+from kernels.cpu.band.band_mask import band_mask
+from kernels.cuda.runtime import roofline
 from llmc.checkpoint import GPT2Config, num_parameters
 
 SIZES = roofline.sizes(B=4, T=1024)

@@ -1,4 +1,4 @@
-"""kernels/cuda/runtime.py: against CuPy's own signatures, on a fake CuPy, and on a GPU where there is one."""
+"""kernels/cuda/runtime/runtime.py: against CuPy's own signatures, on a fake CuPy, and on a GPU where there is one."""
 
 import ast
 import ctypes
@@ -24,15 +24,15 @@ from cuda_emulator.runtime import EmulatedRuntime
 import kernels
 import train_banded
 from kernels import cpu, driver
-from kernels.cuda import runtime as runtime_module
-from kernels.cuda import source
-from kernels.cuda.runtime import CudaError, Runtime
+from kernels.cuda.runtime import runtime as runtime_module
+from kernels.cuda.runtime import source
+from kernels.cuda.runtime.runtime import CudaError, Runtime
 from kernels.driver import NoDevice, NoDriver
 from llmc.errors import UserError
 from llmc.options import print_model
 
 ROOT = Path(__file__).parent.parent
-RUNTIME = ROOT / "kernels" / "cuda" / "runtime.py"
+RUNTIME = ROOT / "kernels" / "cuda" / "runtime" / "runtime.py"
 F = np.float32
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -340,8 +340,8 @@ def test_nothing_else_imports_cupy():
     for path in ("tests/test_cuda_runtime.py", "tests/availability.py"):
         importing.pop(path, None)
     assert importing == {
-        "kernels/cuda/runtime.py": ["import cupy"],
-        "kernels/cuda/compile.py": ["from cupy.cuda import nvrtc"] * 2,
+        "kernels/cuda/runtime/runtime.py": ["import cupy"],
+        "kernels/cuda/runtime/compile.py": ["from cupy.cuda import nvrtc"] * 2,
     }
 
 
@@ -737,7 +737,7 @@ def test_without_a_driver(monkeypatch, capfd):
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setitem(sys.modules, "kernels.cuda.runtime", None)
+    monkeypatch.setitem(sys.modules, "kernels.cuda.runtime.runtime", None)
     check_falls_back("no NVIDIA driver", capfd, silent=True)
     with pytest.raises(NoDriver):
         driver.check_driver()

@@ -6,7 +6,7 @@ from test_cuda_kernels import check, nan, place, rounded
 from test_sparse_attention import lists
 
 from kernels import cpu, cuda
-from kernels.cuda.inverse_lists import inverse_lists
+from kernels.cuda.sparse.inverse_lists import inverse_lists
 from llmc.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
-from kernels.cpu import indexer
+from kernels.cpu.sparse import indexer
 
 SCALE = 0.7
 INF = np.inf

@@ -5,10 +5,11 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
-from kernels.cpu import attention, blocks
-from kernels.cpu.band_mask import band_columns
-from kernels.cpu.band_matmul import best_channels, blocks_of_band
+from kernels.cpu import blocks
+from kernels.cpu.band.band_mask import band_columns
+from kernels.cpu.band.band_matmul import best_channels, blocks_of_band
 from kernels.cpu.blocks import PARALLEL_BYTES
+from kernels.cpu.gpt2 import attention
 
 
 @pytest.mark.parametrize("B, T, C, V", [(1, 1, 4, 5), (3, 5, 8, 6), (2, 33, 12, 50)])

@@ -8,7 +8,7 @@ import pytest
 
 import train_banded
 from kernels import cpu
-from kernels.cpu.band_matmul import best_channels
+from kernels.cpu.band.band_matmul import best_channels
 from llmc.checkpoint import GPT2Config, named_views, tensor_shapes
 from llmc.init import gpt2_init
 

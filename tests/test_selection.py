@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from llmc.selection import Agreement, answers, hits, kept_pairs, sources
-from llmc.sparsity import layer_ratios
+from systems.selection import Agreement, answers, hits, kept_pairs, sources
+from systems.sparsity import layer_ratios
 
 
 def test_sources_answers_and_hits():

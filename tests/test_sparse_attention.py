@@ -5,7 +5,8 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
-from kernels.cpu import blocks, sparse_attention
+from kernels.cpu import blocks
+from kernels.cpu.sparse import sparse_attention
 
 FORMS = ("masked", "gathered")
 

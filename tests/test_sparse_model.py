@@ -13,7 +13,7 @@ import train_sparse_attn
 from kernels import cpu
 from llmc.checkpoint import DeepSeekConfig, GPT2Config, Model, num_parameters
 from llmc.init import gpt2_init
-from llmc.sparsity import Sparsity, extra_shapes, read_fields
+from systems.sparsity import Sparsity, extra_shapes, read_fields
 from train_sparse_attn import extra_init
 
 GPT2 = GPT2Config(maxT=12, V=11, L=2, NH=2, C=8, Vp=16)

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 120
-MODULES = ("llmc.diff", "kernels.cuda.compile", "kernels.cuda.roofline")  # python -m
-FOLDERS = (".", "data", "experiments", "tests")
+MODULES = ("llmc.diff", "kernels.cuda.runtime.compile", "kernels.cuda.runtime.roofline")  # python -m
+FOLDERS = (".", "benchmarks", "data", "experiments", "tests")
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in FOLDERS
@@ -25,7 +25,7 @@ ALL = [*SCRIPTS, *MODULES]
 # their package, kernels.cuda, is imported before them, and NumPy with it: make calls them, after make setup
 FIRST = [name for name in ALL if not name.startswith("kernels.")]
 ARGUMENTS = {"tests/golden_run.py": [], "tests/check_gpt2.py": []}  # in the place of --help, which they do not know
-WRITES = ("kernels.cuda.roofline",)  # its README, whatever the arguments
+WRITES = ("kernels.cuda.runtime.roofline",)  # its README, whatever the arguments
 
 
 def command(name: str, *options: str) -> list[str]:
@@ -192,7 +192,7 @@ def test_inside_run_all_is_as_ever():
 
 def test_what_is_imported_changes_nothing():
     """A test, or generate.py, that imports a trainer keeps its handlers; so does whoever calls run without begin."""
-    importable = (name for name in ALL if not name.startswith(("tests/", "experiments/")))
+    importable = (name for name in ALL if not name.startswith(("tests/", "experiments/", "benchmarks/")))
     names = [name.removesuffix(".py").replace("/", ".") for name in importable]
     code = f"""
 import signal, sys

@@ -5,8 +5,8 @@ import pytest
 from check_op import check_op, gradient_error, relative
 
 from kernels import cpu as ops
-from kernels.cpu import torus_attention
-from kernels.cpu.torus_attention import depth_distance, ring_distance
+from kernels.cpu.torus import torus_attention
+from kernels.cpu.torus.torus_attention import depth_distance, ring_distance
 
 
 def forward(qkv, a_s, a_d, D, P, window=-1, wrap_depth=0, causal=1, start=0):

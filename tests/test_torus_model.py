@@ -15,7 +15,7 @@ from kernels import cpu
 from llmc.checkpoint import TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.errors import UserError
 from llmc.init import gpt2_init
-from llmc.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
+from systems.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
 
 TINY = GPT2Config(maxT=12, V=11, L=2, NH=2, C=32, Vp=16)
 BASE = Torus(layers=(0, 1), depth=2, period=5, learn_lambda=True)

@@ -40,7 +40,7 @@ from llmc.dataloader import write_tokens
 from llmc.errors import UserError
 from llmc.init import gpt2_init
 from llmc.resume import load_checkpoint
-from llmc.sparsity import Sparsity, description, extra_shapes, read_sparsity
+from systems.sparsity import Sparsity, description, extra_shapes, read_sparsity
 from train_sparse_attn import extra_init
 
 PARAMETERS = num_parameters(CONFIG)

@@ -39,7 +39,7 @@ from llmc.dataloader import write_tokens
 from llmc.errors import UserError
 from llmc.init import gpt2_init
 from llmc.resume import load_checkpoint
-from llmc.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
+from systems.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
 
 PARAMETERS = num_parameters(CONFIG)
 FIELD = 132  # header int of the first field

@@ -6,58 +6,62 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels.cpu.adamw import adamw_update, band_adamw_update
-from kernels.cpu.attention import attention_backward, attention_forward
-from kernels.cpu.band_mask import band_count, band_fan_in, band_mask
-from kernels.cpu.band_matmul import band_matmul_backward, band_matmul_forward
+from kernels.cpu.band.band_mask import band_count, band_fan_in, band_mask
+from kernels.cpu.band.band_matmul import band_matmul_backward, band_matmul_forward
+from kernels.cpu.band.take_columns import take_columns
 from kernels.cpu.blocks import num_threads
-from kernels.cpu.column_sum import column_sum
-from kernels.cpu.depth_fusion import depth_fusion_backward, depth_fusion_forward
-from kernels.cpu.encoder import encoder_backward, encoder_forward
-from kernels.cpu.expert_gather import (
+from kernels.cpu.deepseek.expert_gather import (
     expert_combine_backward,
     expert_combine_forward,
     expert_gather,
     expert_scatter,
 )
-from kernels.cpu.expert_matmul import expert_matmul_backward, expert_matmul_forward
-from kernels.cpu.expert_plan import expert_plan, expert_rows
-from kernels.cpu.fused_classifier import fused_classifier
-from kernels.cpu.fused_kl import fused_kl
-from kernels.cpu.fusion_matrix import FUSIONS, fusion_init, fusion_matrix_backward, fusion_matrix_forward
-from kernels.cpu.gelu import gelu_backward, gelu_forward
-from kernels.cpu.global_norm import global_norm
-from kernels.cpu.indexer import (
+from kernels.cpu.deepseek.expert_matmul import expert_matmul_backward, expert_matmul_forward
+from kernels.cpu.deepseek.expert_plan import expert_plan, expert_rows
+from kernels.cpu.deepseek.latent_attention import latent_attention_forward
+from kernels.cpu.deepseek.mla import mla_absorb, mla_expand, mla_latent, mla_qkv_backward, mla_qkv_forward
+from kernels.cpu.deepseek.rmsnorm import rmsnorm_backward, rmsnorm_forward
+from kernels.cpu.deepseek.router import balance_loss, router_backward, router_forward
+from kernels.cpu.deepseek.silu import silu_backward, silu_forward
+from kernels.cpu.gpt2.adamw import adamw_update, band_adamw_update
+from kernels.cpu.gpt2.attention import attention_backward, attention_forward
+from kernels.cpu.gpt2.column_sum import column_sum
+from kernels.cpu.gpt2.encoder import encoder_backward, encoder_forward
+from kernels.cpu.gpt2.fused_classifier import fused_classifier
+from kernels.cpu.gpt2.gelu import gelu_backward, gelu_forward
+from kernels.cpu.gpt2.global_norm import global_norm
+from kernels.cpu.gpt2.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
+from kernels.cpu.gpt2.matmul import matmul_backward, matmul_forward
+from kernels.cpu.gpt2.residual import residual_forward
+from kernels.cpu.sparse.fused_kl import fused_kl
+from kernels.cpu.sparse.indexer import (
     indexer_gathered_backward,
     indexer_gathered_forward,
     indexer_scores_backward,
     indexer_scores_forward,
 )
-from kernels.cpu.keep_controller import keep_controller_backward, keep_controller_forward, keep_controller_init
-from kernels.cpu.latent_attention import latent_attention_forward
-from kernels.cpu.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
-from kernels.cpu.mass_count import mass_count
-from kernels.cpu.matmul import matmul_backward, matmul_forward
-from kernels.cpu.mla import mla_absorb, mla_expand, mla_latent, mla_qkv_backward, mla_qkv_forward
-from kernels.cpu.prefix_features import prefix_features
-from kernels.cpu.random_scores import random_scores
-from kernels.cpu.residual import residual_forward
-from kernels.cpu.rmsnorm import rmsnorm_backward, rmsnorm_forward
-from kernels.cpu.rope import rope_backward, rope_forward
-from kernels.cpu.router import balance_loss, router_backward, router_forward
-from kernels.cpu.row_entropy import row_entropy
-from kernels.cpu.select_topk import select_topk
-from kernels.cpu.silu import silu_backward, silu_forward
-from kernels.cpu.sparse_attention import (
+from kernels.cpu.sparse.keep_controller import keep_controller_backward, keep_controller_forward, keep_controller_init
+from kernels.cpu.sparse.mass_count import mass_count
+from kernels.cpu.sparse.prefix_features import prefix_features
+from kernels.cpu.sparse.random_scores import random_scores
+from kernels.cpu.sparse.rope import rope_backward, rope_forward
+from kernels.cpu.sparse.row_entropy import row_entropy
+from kernels.cpu.sparse.select_topk import select_topk
+from kernels.cpu.sparse.sparse_attention import (
     attention_mean,
     sparse_attention_backward,
     sparse_attention_forward,
     sparse_attention_mean,
 )
-from kernels.cpu.take_columns import take_columns
-from kernels.cpu.torus_attention import torus_attention_backward, torus_attention_forward
-from kernels.cpu.torus_rope import torus_frequencies, torus_rope_backward, torus_rope_forward
-from kernels.cpu.upstream_controller import upstream_controller, upstream_controller_init, upstream_controller_shapes
+from kernels.cpu.sparse.upstream_controller import (
+    upstream_controller,
+    upstream_controller_init,
+    upstream_controller_shapes,
+)
+from kernels.cpu.torus.depth_fusion import depth_fusion_backward, depth_fusion_forward
+from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init, fusion_matrix_backward, fusion_matrix_forward
+from kernels.cpu.torus.torus_attention import torus_attention_backward, torus_attention_forward
+from kernels.cpu.torus.torus_rope import torus_frequencies, torus_rope_backward, torus_rope_forward
 
 __all__ = [
     "FUSIONS",

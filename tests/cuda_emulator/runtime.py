@@ -1,4 +1,4 @@
-"""Runs the kernels of kernels/cuda on a processor: the interface of kernels.cuda.runtime, on NumPy memory."""
+"""Runs the kernels of kernels/cuda on a processor: the interface of kernels.cuda.runtime.runtime, on NumPy memory."""
 
 import ctypes
 import math
@@ -14,8 +14,8 @@ import numpy as np
 
 from cuda_emulator import build
 from cuda_emulator.memory import ALIGNMENT, GUARD, DeviceArray, Memory, address_of
-from kernels.cuda import source
-from kernels.cuda.runtime import check_launch, shown, shown_launch
+from kernels.cuda.runtime import source
+from kernels.cuda.runtime.runtime import check_launch, shown, shown_launch
 
 SCHEDULES = ("ascending", "descending", "random")
 ERROR_BYTES = 2000

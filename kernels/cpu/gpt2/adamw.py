@@ -1,0 +1,71 @@
+"""AdamW (Loshchilov & Hutter 2019; llm.c gpt2_update and adamw_kernel).
+
+m = b1 m + (1-b1) g,  v = b2 v + (1-b2) g^2,  p -= lr (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + weight_decay p)
+"""
+
+from math import sqrt
+
+import numpy as np
+
+from kernels.cpu.band.band_matmul import blocks_of_band
+from kernels.cpu.blocks import BLOCK_BYTES, for_blocks, scratch
+
+BLOCK = BLOCK_BYTES // 8  # values of each of six operands
+CHANNELS = 32  # in a block of a banded weight
+PAYS = 0.5  # of the weight: where blocks cover more, visiting all of it is as fast
+
+
+def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
+    """Update number t = 1, 2, ... of params, m and v in place; all four contiguous, of one shape.
+
+    grad_scale multiplies the gradient first (clipping).
+    """
+    flat = [array.reshape(-1) for array in (params, grads, m, v)]
+
+    def values(start, stop):
+        _update([array[start:stop] for array in flat], t, lr, beta1, beta2, eps, weight_decay, grad_scale)
+
+    for_blocks(values, flat[0].size, BLOCK)
+
+
+def band_adamw_update(params, grads, m, v, bandwidth, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
+    """As adamw_update for weights (L,OC,C) that are banded: what is outside, zero in all four, is not visited."""
+    _, OC, C = params.shape
+    blocks = blocks_of_band(OC, C, bandwidth, CHANNELS)
+    if sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks) > PAYS * OC * C:
+        adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale)
+        return
+
+    def some(start, stop):
+        for rows, columns in blocks[start:stop]:
+            views = [array[:, rows, columns] for array in (params, grads, m, v)]
+            _update(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale)
+
+    for_blocks(some, len(blocks), 1, params.size // len(blocks))
+
+
+def _update(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale):
+    """The formula on views p, g, m, v of one shape. The bias corrections are folded into lr and eps:
+
+    lr m/c1 / (sqrt(v/c2) + eps) = (lr sqrt(c2)/c1) m / (sqrt(v) + eps sqrt(c2)),   c = 1 - beta^t
+    """
+    c1, c2 = 1 - beta1**t, sqrt(1 - beta2**t)
+    p, g, m, v = views
+    a, b = scratch("adamw", (2, *p.shape), p.dtype)
+    if grad_scale != 1:
+        g = np.multiply(g, grad_scale, out=b)
+    np.subtract(g, m, out=a)
+    a *= 1 - beta1
+    m += a
+    np.multiply(g, g, out=a)
+    a -= v
+    a *= 1 - beta2
+    v += a
+    np.sqrt(v, out=a)
+    a += eps * c2
+    np.divide(m, a, out=b)
+    b *= lr * c2 / c1
+    if weight_decay:
+        np.multiply(p, lr * weight_decay, out=a)
+        b += a
+    p -= b

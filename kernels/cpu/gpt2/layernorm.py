@@ -1,0 +1,67 @@
+"""Layer normalisation over channels (Ba et al. 2016; llm.c layernorm_forward/backward, fused_residual_forward5).
+
+y = (x - mean) * rstd * w + b,   rstd = 1 / sqrt(var + 1e-5),   var over C, biased
+"""
+
+import numpy as np
+
+from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
+from kernels.cpu.gpt2.column_sum import column_sum
+
+EPS = 1e-5
+
+
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """out (N,C), mean (N), rstd (N) from inp (N,C), weight (C), bias (C)."""
+    N, C = inp.shape
+
+    def rows(start, stop):
+        x, y = inp[start:stop], out[start:stop]
+        np.add.reduce(x, axis=1, out=mean[start:stop])
+        mean[start:stop] /= C
+        np.subtract(x, mean[start:stop, None], out=y)  # (n,C) centred
+        var = np.einsum("nc,nc->n", y, y) / C  # (n)
+        rstd[start:stop] = 1 / np.sqrt(var + EPS)
+        y *= rstd[start:stop, None]
+        y *= weight
+        y += bias
+
+    for_blocks(rows, N, rows_per_block(N, C), C)
+
+
+def fused_residual_forward(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """residual (N,C) = inp1 + inp2, then out, mean, rstd from it as layernorm_forward; residual may be inp1 or inp2."""
+    np.add(inp1, inp2, out=residual)
+    layernorm_forward(out, mean, rstd, residual, weight, bias)
+
+
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
+    """dinp (N,C) += ..., dweight (C) += ..., dbias (C) += ... from dout, inp (N,C); dinp is the residual stream.
+
+    With g = w * dy and xhat = (x - mean) * rstd:
+        dx = rstd * (g - mean_C(g) - xhat * mean_C(g * xhat));   dw = sum_n xhat * dy;   db = sum_n dy
+    """
+    N, C = inp.shape
+    block = rows_per_block(N, C)
+    partial = scratch("layernorm_partial", (2, -(-N // block), C), inp.dtype)  # each block's sums for dweight, dbias
+
+    def rows(start, stop):
+        dy = dout[start:stop]
+        xhat, g = scratch("layernorm_rows", (2, stop - start, C), inp.dtype)
+        np.subtract(inp[start:stop], mean[start:stop, None], out=xhat)
+        xhat *= rstd[start:stop, None]
+        np.multiply(dy, xhat, out=g)
+        np.add.reduce(g, axis=0, out=partial[0, start // block])
+        np.add.reduce(dy, axis=0, out=partial[1, start // block])
+        np.multiply(dy, weight, out=g)
+        g_mean = np.add.reduce(g, axis=1) / C  # (n)
+        gx_mean = np.einsum("nc,nc->n", g, xhat) / C  # (n)
+        g -= g_mean[:, None]
+        xhat *= gx_mean[:, None]
+        g -= xhat
+        g *= rstd[start:stop, None]
+        dinp[start:stop] += g
+
+    for_blocks(rows, N, block, C)
+    column_sum(dweight, partial[0])
+    column_sum(dbias, partial[1])

@@ -1,0 +1,9 @@
+"""Launcher of band_mask.cu."""
+
+from kernels.cuda.runtime.grid import warp_a_row
+
+
+def band_mask(cuda, weight, bandwidth):
+    """As kernels.cpu.band.band_mask.band_mask."""
+    L, rows, columns = weight.shape
+    cuda.launch("band_mask_kernel", *warp_a_row(L * rows), (weight, L, rows, columns, bandwidth))

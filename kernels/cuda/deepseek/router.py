@@ -1,0 +1,30 @@
+"""Launchers of router.cu."""
+
+from kernels.cuda.runtime.grid import WARP, ceil_div, warp_a_row
+from llmc.errors import UserError
+
+MAX_EXPERTS = 1024  # a lane of a warp keeps a bit for each of its own
+BLOCK = 1024  # of balance_loss_kernel
+
+
+def router_forward(cuda, probs, gates, experts, logits):
+    """As kernels.cpu.deepseek.router.router_forward. Raises UserError for more than 1024 experts."""
+    (N, E), top = logits.shape, experts.shape[1]
+    if E > MAX_EXPERTS:
+        raise UserError(f"{E} experts, on a GPU at most {MAX_EXPERTS}", "use --device cpu")
+    cuda.launch("router_forward_kernel", *warp_a_row(N), (probs, gates, experts, logits, N, E, top))
+
+
+def router_backward(cuda, dlogits, dgates, probs, gates, experts, load, balance):
+    """As kernels.cpu.deepseek.router.router_backward."""
+    (N, E), top = probs.shape, gates.shape[1]
+    scale = balance * E / (N * top) / N
+    args = (dlogits, dgates, probs, gates, experts, load, scale, N, E, top)
+    cuda.launch("router_backward_kernel", *warp_a_row(N), args)
+
+
+def balance_loss(cuda, out, probs, load):
+    """As kernels.cpu.deepseek.router.balance_loss."""
+    N, E = probs.shape
+    threads = min(BLOCK, ceil_div(N * E, WARP) * WARP)
+    cuda.launch("balance_loss_kernel", 1, threads, (out, probs, load, N, E))

@@ -1,0 +1,405 @@
+"""Memory, launches and matrix products on an NVIDIA GPU: all that this project asks of CuPy.
+
+    cupy.RawModule(code=, options=), and the call of a kernel (grid, block, args, shared_mem=)
+    cupy.RawModule: get_function(name)
+    cupy.cuda.compiler.CompileException
+    cupy.zeros(shape, dtype), cupy.empty(shape, dtype), cupy.ndarray(shape, dtype, memptr=)
+    cupy.ndarray: set(arr), get(out=, blocking=), data, data.ptr, device.id, flags.c_contiguous
+    cupy.ndarray: dtype, shape, ndim, nbytes
+    cupy.cuda.alloc_pinned_memory(size)
+    cupy.cuda.Event(disable_timing=)
+    cupy.cuda.Event: record(), synchronize()
+    cupy.cuda.get_cublas_handle()
+    cupy.cuda.cublas: sgemm, setMathMode, CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_DEFAULT_MATH
+    cupy.cuda.runtime: getDevice(), getDeviceProperties(device), memGetInfo(), deviceSynchronize()
+
+and what launchers and trainers, which never import it, do with its arrays (tests/cuda_emulator/memory.py has no more):
+
+    cupy.ndarray: size, fill(value), reshape(shape), __len__(), __getitem__(integers and slices)
+
+Everything runs in order on CuPy's current stream. No arithmetic is CuPy's own, which would allocate its results and
+launch kernels that nobody here has read. Which GPU is used, CUDA_VISIBLE_DEVICES says.
+"""
+
+import atexit
+import math
+import operator
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import cache
+
+import numpy as np
+
+from kernels.cuda.runtime import source
+from kernels.driver import NoDevice, check_driver
+from llmc.errors import UserError, explain_os_error
+
+OPTIONS = ("--std=c++17",)  # CuPy adds the architecture, -ftz=true and --device-as-default-execution-space
+# CUDA C++ Programming Guide, technical specifications, compute capability 7.0 and above
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_BLOCK = (1024, 1024, 64)
+MAX_SHARED = 48 << 10  # bytes; a kernel needs an attribute, which is not set here, to be given more
+MAX_INT = 2**31 - 1  # cuBLAS counts rows and columns in ints
+AMPERE = 8  # major compute capability from which on there is TF32
+CUBLAS_TF32_TENSOR_OP_MATH = 3  # cublas_api.h, cublasMath_t; CuPy 14 has no name for it
+
+PROBE = """extern "C" __global__ void __launch_bounds__(32) probe_kernel(float* out, float step, int N) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < N) { out[i] = i * step - 1.0f; }
+}
+"""
+
+
+class CudaError(UserError):
+    """What CUDA or its compiler reported, and where."""
+
+
+class Readback:
+    """A copy to the host that was enqueued: a call waits for it, and for nothing after it, and returns the values."""
+
+    def __init__(self, pinned: np.ndarray, copied):
+        self._pinned, self._copied, self._values = pinned, copied, None
+
+    def __call__(self) -> np.ndarray:
+        if self._values is None:
+            with explained("copying to the host"):
+                self._copied.synchronize()
+            self._values = self._pinned.copy()
+        return self._values
+
+
+class Runtime:
+    """The first visible GPU. Its arrays are CuPy's, row-major.
+
+    name: the GPU's. tf32: whether products are computed in TF32, which takes the wish for it and a GPU that has it.
+    """
+
+    def __init__(self, tf32: bool = False):
+        """Raises NoDevice unless a kernel and a product, tried for real, gave what they should."""
+        check_driver()
+        self._folder, kept = open_cache()
+        self._said_compiling = not kept
+        self._cupy = import_cupy()
+        self._functions, self._buffers, self._views, self._pinned, self._readbacks = {}, {}, {}, {}, {}
+        self.name = "the GPU"
+        try:
+            self._open(tf32)
+            self._probe()
+        except Exception as error:  # of whatever kind: it cannot be used
+            raise NoDevice(f"{self.name}: {one_line(error)}") from error
+
+    def _open(self, tf32: bool):
+        self._device = self._cupy.cuda.runtime.getDevice()
+        properties = self._cupy.cuda.runtime.getDeviceProperties(self._device)
+        self.name = properties["name"].decode()
+        self.tf32 = tf32 and properties["major"] >= AMPERE
+        self._cublas, cublas = self._cupy.cuda.get_cublas_handle(), self._cupy.cuda.cublas
+        # the default mode never rounds float32 operands
+        cublas.setMathMode(self._cublas, CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)
+        self._sgemm, self._operations = cublas.sgemm, (cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T)
+        # cuBLAS reads alpha and beta from the host before its call returns: the pointer mode that a handle starts with
+        # and that nobody changes
+        self._alpha, self._beta = np.ones(1, np.float32), np.zeros(1, np.float32)
+        self._alpha_address, self._beta_address = self._alpha.ctypes.data, self._beta.ctypes.data
+
+    def _probe(self):
+        """A small kernel and a small product, both exact in float32 and in TF32. Raises RuntimeError if wrong."""
+        N, step = 40, 0.5
+        out = self.zeros(N)
+        probe = self._compile(PROBE, "the probe kernel", ["probe_kernel"])["probe_kernel"]
+        probe((2, 1, 1), (32, 1, 1), (out, np.float32(step), np.int32(N)), shared_mem=0)
+        left, right = np.arange(6.0).reshape(2, 3), np.arange(12.0).reshape(4, 3)
+        product = self.zeros((2, 4))
+        self.gemm(product, *(self.to_device(x.astype(np.float32)) for x in (left, right)), transb=True)
+        for what, found, expected in (
+            ("the probe kernel", self.to_host(out), np.arange(N) * step - 1),
+            ("cuBLAS", self.to_host(product), left @ right.T),
+        ):
+            if not np.array_equal(found, expected):
+                wrong = np.flatnonzero(found != expected)[0]
+                raise RuntimeError(f"{what} computed {found.flat[wrong]}, expected {expected.flat[wrong]}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # memory
+
+    def zeros(self, shape, dtype=np.float32):
+        """A new array of zeros. Raises MemoryError."""
+        return self._cupy.zeros(shape, dtype)
+
+    def to_device(self, array: np.ndarray):
+        """A new array with the values of `array`. Raises MemoryError, CudaError."""
+        copy = self._cupy.empty(array.shape, array.dtype)
+        with explained("copying to the GPU"):
+            copy.set(array)
+        self.synchronize()  # the driver may still be reading `array`
+        return copy
+
+    def copy_in(self, array, values: np.ndarray) -> None:
+        """Enqueue array = values, of the same shape and dtype; `values` may be changed when this returns.
+
+        For what changes every step: a page-locked buffer is kept for each array. From ordinary memory a copy would
+        first wait for all that the GPU was given to do. Raises TypeError, CudaError.
+        """
+        self._check_array(array, "copy_in: array")
+        if not isinstance(values, np.ndarray) or (values.shape, values.dtype) != (array.shape, array.dtype):
+            raise TypeError(f"copy_in: values are {shown(values)} for an array {shown(array)}")
+        pinned, copied = self._page_locked("in", array)
+        with explained("copying to the GPU"):
+            copied.synchronize()  # the copy before this one has left the buffer
+            pinned[...] = values
+            array.set(pinned)
+            copied.record()
+
+    def to_host(self, array) -> np.ndarray:
+        """The values of `array` once all that was launched is done. Raises TypeError, CudaError."""
+        self._check_array(array, "to_host: array")
+        values = np.empty(array.shape, array.dtype)
+        with explained("copying to the host"):
+            array.get(out=values)
+        return values
+
+    def to_host_later(self, array) -> Callable[[], np.ndarray]:
+        """Enqueue a copy to the host; the callable waits for it alone and returns its values, in an array of its own.
+
+        The page-locked buffer is kept for the array's next copy, which first fetches what nobody has yet.
+        Raises TypeError, CudaError; so does the callable.
+        """
+        self._check_array(array, "to_host_later: array")
+        key = _identity(array)
+        if key in self._readbacks:
+            self._readbacks[key]()
+        pinned, copied = self._page_locked("out", array)
+        with explained("copying to the host"):
+            array.get(out=pinned, blocking=False)
+            copied.record()
+        self._readbacks[key] = Readback(pinned, copied)
+        return self._readbacks[key]
+
+    def _page_locked(self, way: str, array) -> tuple:
+        """A page-locked host array like `array`, and the event of its last copy; made once for an array and way."""
+        key = way, _identity(array)
+        if key not in self._pinned:
+            memory = self._cupy.cuda.alloc_pinned_memory(array.nbytes)
+            values = np.frombuffer(memory, array.dtype, math.prod(array.shape)).reshape(array.shape)
+            self._pinned[key] = values, self._cupy.cuda.Event(disable_timing=True)
+        return self._pinned[key]
+
+    def scratch(self, key: str, shape, dtype=np.float32):
+        """An array in the buffer that is kept under `key` and grows to the largest asked for; contents undefined."""
+        views = self._views.setdefault(key, {})
+        if (shape, dtype) not in views:
+            nbytes = math.prod(np.atleast_1d(shape).tolist()) * np.dtype(dtype).itemsize
+            if key not in self._buffers or self._buffers[key].nbytes < nbytes:
+                views.clear()
+                self._buffers[key] = self._cupy.empty(nbytes, np.uint8)
+            views[shape, dtype] = self._cupy.ndarray(shape, dtype, memptr=self._buffers[key].data)
+        return views[shape, dtype]
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done all that it was given. Raises CudaError."""
+        with explained("waiting for the GPU"):
+            self._cupy.cuda.runtime.deviceSynchronize()
+
+    def memory(self) -> tuple[int, int]:
+        """(used, total) bytes of the GPU; used by whatever process."""
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        return total - free, total
+
+    def is_array(self, value) -> bool:
+        """Whether `value` is an array of this GPU."""
+        return isinstance(value, self._cupy.ndarray) and value.device.id == self._device
+
+    def _check_array(self, array, what: str):
+        if not self.is_array(array):
+            raise TypeError(f"{what} is a {type(array).__name__}, expected an array on {self.name}")
+        if not array.flags.c_contiguous:
+            raise TypeError(f"{what} of shape {array.shape} is not C-contiguous")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # kernels
+
+    def launch(self, kernel: str, grid, block, args, shared_mem: int = 0) -> None:
+        """Launch a kernel of the .cu files.
+
+        grid, block: an int or a tuple of up to three. args: arrays and Python numbers in the kernel's order.
+        shared_mem: bytes of dynamic shared memory. Raises KeyError for an unknown kernel, TypeError (source.arguments),
+        ValueError (check_launch), CudaError for what CUDA reports, possibly of an earlier launch.
+        """
+        declared = source.kernels()[kernel]
+        values = tuple(source.arguments(declared, args, self.is_array))
+        grid, block = _three(grid), _three(block)
+        check_launch(declared, grid, block, values, shared_mem)
+        if kernel not in self._functions:
+            self._functions |= self._load(declared)
+        try:
+            self._functions[kernel](grid, block, values, shared_mem=shared_mem)
+        except RuntimeError as error:
+            raise _cuda_error(shown_launch(declared, grid, block, values, shared_mem), error) from None
+
+    def _load(self, kernel: source.Kernel) -> dict:
+        """The kernel and all others of its file, by name, ready to be launched."""
+        names = [name for name, other in source.kernels().items() if other.path == kernel.path]
+        return self._compile(source.text(kernel.path), kernel.path.name, names)
+
+    def _compile(self, code: str, what: str, names: list[str]) -> dict:
+        """The kernels `names` of `code`; says so, once, if CuPy did not have them on disk. Raises CudaError."""
+        before = _changed(self._folder)
+        module = self._cupy.RawModule(code=code, options=OPTIONS)
+        try:
+            functions = {name: module.get_function(name) for name in names}
+        except self._cupy.cuda.compiler.CompileException as error:
+            message = f"compiling {what} for {self.name}:\n{str(error).strip()}"
+            raise CudaError(message, "undo what was changed in kernels/cuda, or update CuPy and its CUDA") from None
+        except OSError as error:
+            raise explain_os_error(error, self._folder, "keeping compiled kernels in") from None
+        except RuntimeError as error:
+            raise CudaError(f"loading {what} on {self.name}: {one_line(error)}", "update the NVIDIA driver") from None
+        if not self._said_compiling and _changed(self._folder) != before:
+            self._said_compiling = True
+            print(f"compiling kernels for {self.name}, once: CuPy keeps them in {self._folder}", file=sys.stderr)
+        return functions
+
+    def gemm(self, out, a, b, transa: bool = False, transb: bool = False, beta: float = 0.0) -> None:
+        """out (M,N) = op(a) (M,K) @ op(b) (K,N) + beta * out, where op transposes if asked to; float32, cuBLAS.
+
+        Raises TypeError for what is no C-contiguous float32 matrix on the device, ValueError for shapes that do not
+        fit, CudaError.
+        """
+        for name, array in (("out", out), ("a", a), ("b", b)):
+            self._check_array(array, f"gemm: {name}")
+            if array.dtype != np.float32 or array.ndim != 2:
+                raise TypeError(f"gemm: {name} is {shown(array)}, expected a float32 matrix")
+        M, K = a.shape[::-1] if transa else a.shape
+        K_of_b, N = b.shape[::-1] if transb else b.shape
+        if out.shape != (M, N) or K_of_b != K or not 0 < min(M, N, K) <= max(M, N, K) <= MAX_INT:
+            product = f"{shown(a)}{'.T' * transa} @ {shown(b)}{'.T' * transb}"
+            raise ValueError(f"gemm: {product} does not fit {shown(out)}")
+        # cuBLAS reads by columns, where a row-major matrix is its own transpose, with rows as leading dimension. so it
+        # is asked for out.T = op(b).T @ op(a).T: operands change places and keep their flags.
+        # sgemm is called itself because it has nothing to copy or allocate with. cupy.cublas.gemm gets to this call
+        # too, through two NumPy scalars and three calls about the pointer mode, and for operands of another order
+        # through silent copies; cupy.matmul knows no beta
+        op_a, op_b = self._operations[transa], self._operations[transb]
+        operands = (b.data.ptr, b.shape[1], a.data.ptr, a.shape[1])
+        self._beta[0] = beta
+        try:
+            self._sgemm(
+                self._cublas, op_b, op_a, N, M, K, self._alpha_address, *operands, self._beta_address, out.data.ptr, N
+            )
+        except RuntimeError as error:
+            raise _cuda_error(f"gemm of {shown(a)} and {shown(b)} into {shown(out)}", error) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# before CuPy is there
+
+
+@cache
+def open_cache() -> tuple[str, bool]:
+    """CuPy's folder of compiled kernels, and whether it is kept: CUPY_CACHE_DIR, ~/.cupy/kernel_cache, or a temporary
+    one if that cannot be written. To be called before CuPy is imported, which fails where it cannot make its folder."""
+    folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        kept = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        kept = False
+    if not kept:
+        unwritable, folder = folder, tempfile.mkdtemp(prefix="kernel_cache_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        print(f"compiling kernels in every run: {unwritable} cannot be written; set CUPY_CACHE_DIR", file=sys.stderr)
+    os.environ["CUPY_CACHE_DIR"] = folder
+    return folder, kept
+
+
+def import_cupy():
+    """CuPy, or NoDevice."""
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            raise NoDevice("CuPy is not installed") from None
+        raise NoDevice(f"CuPy does not load: {one_line(error)}") from error
+    except Exception as error:  # its libraries, its folders, its version of NumPy: all fail in ways of their own
+        raise NoDevice(f"CuPy does not load: {one_line(error)}") from error
+    return cupy
+
+
+def _changed(folder: str) -> int:
+    """When an entry of `folder` was last added or renamed: CuPy adds one for what it compiles."""
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checks and words
+
+
+def check_launch(kernel: source.Kernel, grid: tuple, block: tuple, values, shared_mem: int) -> None:
+    """Raise ValueError, naming all that was given, for a launch that CUDA would refuse or the launch bound does."""
+    problem = None
+    if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID)):
+        problem = f"grid {grid}, expected 1 to {MAX_GRID}"
+    elif not all(1 <= size <= most for size, most in zip(block, MAX_BLOCK)):
+        problem = f"block {block}, expected 1 to {MAX_BLOCK}"
+    elif math.prod(block) > kernel.threads:
+        problem = f"{math.prod(block)} threads a block, its launch bound is {kernel.threads}"
+    elif not 0 <= shared_mem <= MAX_SHARED:
+        problem = f"{shared_mem} bytes of shared memory, at most {MAX_SHARED}"
+    if problem:
+        raise ValueError(f"{shown_launch(kernel, grid, block, values, shared_mem)}: {problem}")
+
+
+def shown_launch(kernel: source.Kernel, grid: tuple, block: tuple, values, shared_mem: int) -> str:
+    """gelu_kernel<<<(2, 1, 1), (256, 1, 1), 0>>>(out=float32(4, 8), N=32)"""
+    arguments = ", ".join(f"{name}={shown(value)}" for (name, _), value in zip(kernel.parameters, values))
+    return f"{kernel.name}<<<{grid}, {block}, {shared_mem}>>>({arguments})"
+
+
+def shown(value) -> str:
+    """float32(4, 8) for an array, the value for a number, the type for anything else."""
+    if isinstance(value, (int, float, np.number)):
+        return str(value)
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{value.shape}"
+    return f"a {type(value).__name__}"
+
+
+def one_line(error: Exception) -> str:
+    """What `error`, or what it was raised from, says, without line breaks and cut to 300 characters."""
+    error = error.__cause__ or error
+    text = " ".join(str(error).split())[:300]
+    says_enough = text and isinstance(error, (RuntimeError, ImportError, UserError))
+    return text if says_enough else f"{type(error).__name__} {text}"
+
+
+@contextmanager
+def explained(what: str):
+    """RuntimeErrors of CUDA, while doing `what`, as a CudaError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _cuda_error(what, error) from None
+
+
+def _cuda_error(what: str, error: Exception) -> CudaError:
+    hint = "it may be an earlier launch that failed: with CUDA_LAUNCH_BLOCKING=1 before the command it is the one named"
+    return CudaError(f"{what}: {one_line(error)}", hint)
+
+
+def _identity(array) -> tuple:
+    return array.data.ptr, array.shape, array.dtype
+
+
+def _three(size) -> tuple[int, int, int]:
+    """2 or (2, 3) -> (2, 1, 1) or (2, 3, 1)"""
+    sizes = tuple(map(operator.index, size)) if isinstance(size, (tuple, list)) else (operator.index(size),)
+    if len(sizes) > 3:
+        raise ValueError(f"{size} has more than three dimensions")
+    return sizes + (1,) * (3 - len(sizes))
