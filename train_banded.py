@@ -24,7 +24,7 @@ import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
 from kernels.cpu.band.band_mask import band_mask
-from llmc import loop, options, table
+from llmc import errors, loop, options, table
 from llmc.checkpoint import (
     BANDED,
     DENSE,
@@ -37,13 +37,11 @@ from llmc.checkpoint import (
     tensor_shapes,
 )
 from llmc.cli import ArgumentParser, flag01, natural
-from llmc.errors import UserError, run
+from llmc.errors import UserError
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.rand import permutation
-from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
-from llmc.tokenizer import end_of_text, open_tokenizer
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -449,13 +447,13 @@ class GPT2:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, work: loop.Workload, sampler: Sampler):
+def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
     """Write the checkpoint, bands in its header, and the optimizer state for a run that goes on at `step`."""
     host, bands = model.in_file_order, (model.fc1_bandwidth, model.fc2_bandwidth)
     fields = (*bands, FAN_IN * model.scaled, model.permute, model.drawn_by)
     kind, fields = (BANDED, fields) if any(bands) else (DENSE, ())
     file = Model(model.config, host(model.params_flat), step, kind=kind, fields=fields)
-    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), work, sampler)
+    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -475,19 +473,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--band-init fan-in: there is no band", "add -w N, -1 N or -2 N", 2)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device, args.tf32)
-    tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
-    start_token = end_of_text(tokenizer, config.V)
-    sampler = Sampler(args.seed or 1337)
 
-    work = loop.open_data(args, config, state)
-    start, steps = work.start, work.steps
+    run = loop.open_run(args, config, state)
+    start, steps = run.start, run.steps
 
     table.heading()
     print_bands(args, bands)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
     print_masks(device, args, config, bands)
-    options.print_workload(steps, work.val_batches)
+    options.print_workload(steps, run.val_batches)
 
     if args.band_init == "fan-in" and not state:
         rescale_to_fan_in(device, args, file, bands, drawn_by)
@@ -496,7 +491,6 @@ def main(argv: list[str] | None = None) -> int:
     model.kernel, model.scaled = args.kernel, args.band_init == "fan-in" or scaled_before(file)
     if state:
         model.allocate_moments(state.m, state.v)
-        sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     if state or args.mask_init:
         model.mask_weights()
@@ -510,27 +504,27 @@ def main(argv: list[str] | None = None) -> int:
             last_step = step == steps
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, work, sampler)
+                    save(args, model, step, run)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, work.val_loader, work.val_batches)
+                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, work, sampler)
+                save(args, model, step, run)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
-                loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
+                loop.print_sample(model, run, args.sample_tokens)
             if last_step:
                 break
 
             started = time.perf_counter()
             if args.overfit_batch:
-                work.train_loader.reset()
+                run.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*work.train_loader.next_batch(), grad_accum)
+                model.forward(*run.train_loader.next_batch(), grad_accum)
                 model.backward(first=micro_step == 0)
                 loss += model.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args)
@@ -554,4 +548,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

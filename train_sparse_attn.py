@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from llmc import loop, options, table
+from llmc import errors, loop, options, table
 from llmc.checkpoint import (
     DENSE,
     MATRICES,
@@ -40,13 +40,10 @@ from llmc.checkpoint import (
     tensor_shapes,
 )
 from llmc.cli import ArgumentParser, flag01, natural, natural_float, positive_float, positive_int
-from llmc.errors import run
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.rand import normals
-from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
-from llmc.tokenizer import end_of_text, open_tokenizer
 from systems.selection import Agreement, report
 from systems.sparsity import (
     ADAPTIVE,
@@ -668,20 +665,20 @@ def views_of(buffers: SimpleNamespace, shapes: dict) -> SimpleNamespace:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, work: loop.Workload, sampler: Sampler):
+def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
     """Write the checkpoint, attention in its header, and the optimizer state for a run that goes on at `step`."""
     s, host, own = model.sparsity, model.ops.to_host, model.own
     if (
         s.indexer != "none" and s.attention == "sparse" and not s.leak
     ):  # its loss may fail where the language's does not
-        work.val_loader.reset()
-        divergences, _, _ = model.measure(work.val_loader.next_batch()[0])
+        run.val_loader.reset()
+        divergences, _, _ = model.measure(run.val_loader.next_batch()[0])
         loop.check_finite("indexer's", sum(divergences), step, args)
     params = host(model.params_flat)
     plain = model.sparsity.attention == "dense" and not model.extra
     kind, fields = (DENSE, ()) if plain else (SPARSE_ATTENTION, model.sparsity.fields())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), work, sampler)
+    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -693,18 +690,15 @@ def main(argv: list[str] | None = None) -> int:
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device, args.tf32)
-    tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
-    start_token = end_of_text(tokenizer, config.V)
-    sampler = Sampler(args.seed or 1337)
 
-    work = loop.open_data(args, config, state)
-    start, steps = work.start, work.steps
+    run = loop.open_run(args, config, state)
+    start, steps = run.start, run.steps
 
     table.heading()
     print_sparsity(config, sparsity, T)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
-    options.print_workload(steps, work.val_batches)
+    options.print_workload(steps, run.val_batches)
 
     extra = extra_init(device, file, sparsity, args.model, args.seed or 1337)
     print(f"allocated {(file.params.nbytes + extra.nbytes) >> 20} MiB for model parameters")
@@ -715,7 +709,6 @@ def main(argv: list[str] | None = None) -> int:
     learns = args.train_indexer and sparsity.indexer != "none" and sparsity.attention == "sparse" and not sparsity.leak
     if state:
         model.allocate_moments(state.m, state.v)
-        sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     schedule = dict(warmup=args.warmup, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
@@ -727,33 +720,33 @@ def main(argv: list[str] | None = None) -> int:
             last_step = step == steps
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, work, sampler)
+                    save(args, model, step, run)
                 break
             warming_up = step < warmup
             model.dense, model.draw = sparsity.attention == "dense" or warming_up, 0
             if step == warmup > 0:
                 print(f"indexer warmed up: from step {step + 1} attention is sparse and both learn", flush=True)
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0) or step == warmup > 0:
-                val_loss = loop.evaluate(model, work.val_loader, work.val_batches)
+                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
                 if sparsity.attention == "sparse" or args.answers_after:
-                    report(model, work.val_loader, work.val_batches, args, log, step)
+                    report(model, run.val_loader, run.val_batches, args, log, step)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, work, sampler)
+                save(args, model, step, run)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
-                loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
+                loop.print_sample(model, run, args.sample_tokens)
             if last_step:
                 break
 
             started = time.perf_counter()
             if args.overfit_batch:
-                work.train_loader.reset()
+                run.train_loader.reset()
             model.draw, loss = step + 1, 0.0
             for micro_step in range(grad_accum):
-                model.forward(*work.train_loader.next_batch(), grad_accum)
+                model.forward(*run.train_loader.next_batch(), grad_accum)
                 model.backward(micro_step == 0, model=not warming_up, indexer=learns)
                 loss += model.mean_loss() / grad_accum
                 if learns:
@@ -783,4 +776,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

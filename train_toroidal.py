@@ -28,17 +28,15 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from llmc import loop, options, table
+from llmc import errors, loop, options, table
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, any_int, flag01, natural, natural_float, positive_int
-from llmc.errors import UserError, run
+from llmc.errors import UserError
 from llmc.init import gpt2_init
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.rand import normals
-from llmc.sampler import Sampler
 from llmc.schedulers import learning_rate
-from llmc.tokenizer import end_of_text, open_tokenizer
 from systems.torus import FUSIONS, MODES, ROPES, Torus, choose_torus, extra_shapes, factors, print_torus
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -463,12 +461,12 @@ def views_of(buffers: SimpleNamespace, shapes: dict) -> SimpleNamespace:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, work: loop.Workload, sampler: Sampler):
+def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
     """Write the checkpoint, replaced layers in its header, and the optimizer state for a run that goes on at `step`."""
     params, own = model.ops.to_host(model.params_flat), num_parameters(model.config)
     kind, fields = (TOROIDAL, model.torus.fields()) if model.extra else (DENSE, ())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, model, file, *model.moments(), work, sampler)
+    loop.save(args, model, file, *model.moments(), run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -488,12 +486,9 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"start anew from its weights: give -e {args.resume} in place of --resume"
         raise UserError(f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}", hint, 2)
     device = kernels.open_device(args.device, args.tf32)
-    tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
-    start_token = end_of_text(tokenizer, config.V)
-    sampler = Sampler(args.seed or 1337)
 
-    work = loop.open_data(args, config, state, args.epochs)
-    start, steps = work.start, work.steps
+    run = loop.open_run(args, config, state, args.epochs)
+    start, steps = run.start, run.steps
 
     if args.init == "random" and not state and torus.layers:
         replace_attention(file, torus.layers, args.seed or 42)
@@ -504,11 +499,10 @@ def main(argv: list[str] | None = None) -> int:
     print_torus(config, torus, model.num_trained, args)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
-    options.print_workload(steps, work.val_batches)
+    options.print_workload(steps, run.val_batches)
     print(f"allocated {params.nbytes >> 20} MiB for model parameters")
     if state:
         model.allocate_moments(state.m, state.v)
-        sampler.state = state.rng_state
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
@@ -524,10 +518,10 @@ def main(argv: list[str] | None = None) -> int:
             args.best_loss, args.worse = None if best == math.inf else best, worse
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, work, sampler)
+                    save(args, model, step, run)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, work.val_loader, work.val_batches)
+                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}\nperplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 log.val(step, val_loss)
@@ -539,18 +533,18 @@ def main(argv: list[str] | None = None) -> int:
                 print_memory(model, device.memory_used() - before)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, work, sampler)
+                save(args, model, step, run)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
-                loop.print_sample(model, tokenizer, start_token, sampler, args.sample_tokens)
+                loop.print_sample(model, run, args.sample_tokens)
             if last_step:
                 break
 
             started = time.perf_counter()
             if args.overfit_batch:
-                work.train_loader.reset()
+                run.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*work.train_loader.next_batch(), grad_accum)
+                model.forward(*run.train_loader.next_batch(), grad_accum)
                 model.backward(first=micro_step == 0)
                 loss += model.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args)
@@ -583,4 +577,4 @@ def print_memory(model: GPT2, measured: int):
 
 
 if __name__ == "__main__":
-    run(main)
+    errors.run(main)

@@ -1,6 +1,7 @@
 """What a training loop does besides training: validate, sample, check, save.
 
-A model here is anything with forward(inputs, targets), mean_loss() and extend(tokens, start) -> logits (V).
+A model here is anything with forward(inputs, targets), mean_loss() and extend(tokens, start) -> logits (V). A model that
+has several phases takes the phase as a further argument, which is passed on.
 """
 
 import math
@@ -18,28 +19,36 @@ from llmc.options import command, saved_options
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
-from llmc.tokenizer import Tokenizer
+from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
 
 
 @dataclass
-class Workload:
-    """What a run does: its data, the step it starts at, its steps in all, the batches of a validation."""
+class Run:
+    """What a run does besides its model: data, text sampler, the step it starts at, steps in all, validation batches.
+
+    start_token: what starts a sampled text; tokenizer: None where no file was found, then samples are token ids.
+    """
 
     train_loader: DataLoader
     val_loader: DataLoader
+    tokenizer: Tokenizer | None
+    start_token: int
+    sampler: Sampler
     start: int
     steps: int
     val_batches: int
 
 
-def open_data(args: Namespace, config: GPT2Config, state: TrainState | None, epochs: int = 1) -> Workload:
-    """The run's data and counts, the training data at the position of `state`.
+def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epochs: int = 1) -> Run:
+    """The run's data, text and counts, at the position of `state`.
 
     -n 0 or more: so many steps; below: `epochs` epochs of the training data, each batch once. -m 0 or less: each batch
     of the validation data once; more: as llm.c counts, tokens / (B*T), which may be more than there are, and then the
     first are taken again. One batch to overfit is the first of the validation data, as in train_gpt2.cu.
-    Raises UserError if the data cannot be used or nothing is left to do.
+    Raises UserError if the files cannot be used or nothing is left to do.
     """
+    tokenizer = open_tokenizer(args.tokenizer, args.model, config.V)
+    sampler = Sampler(args.seed or 1337)
     B, T, V = args.batch_size, args.seq_len, config.V
     train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
     train_loader = DataLoader(train_data, B, T, vocab_size=V, shuffle=shuffle, seed=args.seed or 42)
@@ -54,16 +63,18 @@ def open_data(args: Namespace, config: GPT2Config, state: TrainState | None, epo
         raise UserError(f"-n {steps}: {args.model} is at step {start} already", hint)
     if state:
         train_loader.restore(state.shard, state.sample, state.shuffle)
+        sampler.state = state.rng_state
     counted = min(args.val_batches, val_loader.num_batches)
-    return Workload(train_loader, val_loader, start, steps, counted if counted > 0 else val_loader.epoch_batches)
+    val_batches = counted if counted > 0 else val_loader.epoch_batches
+    return Run(train_loader, val_loader, tokenizer, end_of_text(tokenizer, V), sampler, start, steps, val_batches)
 
 
-def evaluate(model, loader: DataLoader, batches: int) -> float:
-    """Mean loss over the first `batches` of the validation data."""
+def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
+    """Mean loss over the first `batches` of the validation data; phase: further arguments of model.forward."""
     loader.reset()
     total = 0.0
     for _ in range(batches):
-        model.forward(*loader.next_batch())
+        model.forward(*loader.next_batch(), **phase)
         total += model.mean_loss()
     return total / batches
 
@@ -77,29 +88,32 @@ def check_finite(name: str, loss: float, step: int, args: Namespace) -> None:
         raise UserError(message, "lower -l, limit gradients by --grad-clip 1, or start from another model file")
 
 
-def print_sample(model, tokenizer: Tokenizer | None, start: int, sampler: Sampler, count: int) -> None:
-    """Print `count` - 1 tokens drawn from the model after the token `start`, as train_gpt2_fp32.cu does."""
+def print_sample(model, run: Run, count: int, **phase) -> None:
+    """Print `count` - 1 tokens drawn from the model after the start token, as train_gpt2_fp32.cu does.
+
+    phase: further arguments of model.extend.
+    """
     print("generating:\n---", flush=True)
-    token = start
+    token = run.start_token
     for t in range(1, count):
-        logits = model.extend(np.array([token], np.int32), t - 1)
-        token = sample_logits(logits, sampler.random_f32())
-        sys.stdout.buffer.write(tokenizer.printable(token) if tokenizer else b"%d " % token)
+        logits = model.extend(np.array([token], np.int32), t - 1, **phase)
+        token = sample_logits(logits, run.sampler.random_f32())
+        sys.stdout.buffer.write(run.tokenizer.printable(token) if run.tokenizer else b"%d " % token)
         sys.stdout.buffer.flush()
     print("\n---", flush=True)
 
 
-def save(args: Namespace, model, file: Model, m: np.ndarray, v: np.ndarray, work: Workload, sampler: Sampler) -> None:
+def save(args: Namespace, model, file: Model, m: np.ndarray, v: np.ndarray, run: Run, **phase) -> None:
     """Write the checkpoint `file` to -c, and what the run goes on from: m, v, data position, sampler and options.
 
     Sets the loader's position in `file`. Raises UserError, and the checkpoint of before stays, if a value to be written
     is not finite, or the loss of these weights, of which no step has told yet, on the first validation batch.
     """
-    check_finite("val", evaluate(model, work.val_loader, 1), file.step, args)
-    loader = work.train_loader
+    check_finite("val", evaluate(model, run.val_loader, 1, **phase), file.step, args)
+    loader = run.train_loader
     file.shard, file.sample = loader.shard, loader.sample
     options = saved_options(args)
-    state = TrainState(file.step, sampler.state, file.shard, file.sample, m, v, loader.state(), options)
+    state = TrainState(file.step, run.sampler.state, file.shard, file.sample, m, v, loader.state(), options)
     print(f"saving checkpoint to {args.checkpoint}", flush=True)
     for dropped in save_checkpoint(args.checkpoint, file, state):
         print(f"dropped {dropped.name}, which an earlier run left")

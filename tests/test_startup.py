@@ -19,7 +19,7 @@ SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in FOLDERS
     for path in (ROOT / folder).glob("*.py")
-    if re.search(r"^    (run|sys\.exit)\(main", path.read_text(), re.MULTILINE)
+    if re.search(r"^    ((errors\.)?run|sys\.exit)\(main", path.read_text(), re.MULTILINE)
 )
 ALL = [*SCRIPTS, *MODULES]
 # their package, kernels.cuda, is imported before them, and NumPy with it: make calls them, after make setup

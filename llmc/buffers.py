@@ -1,0 +1,34 @@
+"""Buffers of a model on a device: one flat array with a view per tensor, or an array per name."""
+
+from math import prod
+from types import SimpleNamespace
+
+import numpy as np
+
+from llmc.checkpoint import named_views
+
+
+def flat_buffer(device, shapes: dict[str, tuple[int, ...]], values: np.ndarray | None = None) -> tuple:
+    """(flat, views): one float array for all `shapes`, of `values` or zeros, and a namespace with a view per name."""
+    flat = device.zeros(sum(map(prod, shapes.values()))) if values is None else device.to_device(values)
+    return flat, SimpleNamespace(**named_views(flat, shapes))
+
+
+def allocate(device, shapes: dict[str, tuple[int, ...]], dtypes: dict | None = None) -> SimpleNamespace:
+    """Zeros of each shape, by name; float32 unless `dtypes` says otherwise."""
+    dtypes = dtypes or {}
+    return SimpleNamespace(
+        **{name: device.zeros(shape, dtypes.get(name, np.float32)) for name, shape in shapes.items()}
+    )
+
+
+def first_of(buffers: SimpleNamespace, shapes: dict[str, tuple[int, ...]]) -> SimpleNamespace:
+    """The first values of the buffers named in `shapes`, in these shapes; nothing is copied."""
+    return SimpleNamespace(
+        **{name: vars(buffers)[name].reshape(-1)[: prod(shape)].reshape(shape) for name, shape in shapes.items()}
+    )
+
+
+def tell_allocated(nbytes: int, what: str) -> None:
+    """allocated 27 MiB for parameter gradients"""
+    print(f"allocated {nbytes >> 20} MiB for {what}")
