@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn train_toroidal | recall plot | setup data model | test lint kernels roofline bench bench_band bench_sparse diff | help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_slow lint kernels roofline bench bench_band bench_sparse diff | clean help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn train_toroidal plot recall generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ $(VENV)/plot-ready: $(VENV)/ready requirements-plot.txt
 
 recall: setup  ## tagged recall: dense, indexer, oracle, random, untrained, recency; the table into README.md
 	$(PY) experiments/recall.py
+
+figures: setup  ## repeat the runs that README.md shows and write their figures into it, 10 minutes
+	$(PY) experiments/readme_figures.py
 
 generate:  ## text from checkpoint.bin
 	$(PY) generate.py -e checkpoint.bin -n 100
