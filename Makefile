@@ -51,7 +51,7 @@ $(VENV)/plot-ready: $(VENV)/ready requirements-plot.txt
 recall: setup  ## tagged recall: dense, indexer, oracle, random, untrained, recency; the table into README.md
 	$(PY) experiments/recall.py
 
-figures: setup  ## repeat the runs that README.md shows and write their figures into it, 10 minutes
+figures: $(VENV)/plot-ready  ## repeat the runs that README.md shows and write their figures into it, 10 minutes
 	$(PY) experiments/readme_figures.py
 
 generate:  ## text from checkpoint.bin

@@ -3,6 +3,8 @@
     make figures                                       # all of them
     python experiments/readme_figures.py --only bytes  # one of train_banded, bytes, train_sparse_attn, train_toroidal
 
+The picture of make train_sparse_attn is drawn anew, too, which needs matplotlib: pip install -r requirements-plot.txt
+
 The commands are not written here: they are those of the Makefile's recipes and of README's own code block. Each run
 has a folder in build/readme with models of its own. What a command printed is kept there and taken again as long as
 neither the command nor the code changes, so that a broken run goes on where it stopped. OPENBLAS_CORETYPE and
@@ -20,11 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments.plot_log import draw, read_log  # noqa: E402
 from experiments.turns import OVERRIDES  # noqa: E402
 from llmc.cli import ArgumentParser  # noqa: E402
 from llmc.errors import UserError, run  # noqa: E402
 from llmc.files import atomic_write  # noqa: E402
 
+PICTURE = ROOT / "experiments" / "indexer_warmup.png"
 README, FOLDER = ROOT / "README.md", ROOT / "build" / "readme"
 CODE = ("train_*.py", "data/*.py", "llmc/*.py", "systems/**/*.py", "kernels/*.py", "kernels/cpu/**/*.py")
 END = "<!-- end of the figures -->\n"
@@ -133,7 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=RUNS, help="the run to repeat (default: all)")
     args = parser.parse(argv)
-    for name in [args.only] if args.only else RUNS:
+    names = [args.only] if args.only else [*RUNS]
+    for name in names:
         text = block(name)
         before, _, rest = README.read_text().partition(begin(name))
         if END not in rest:
@@ -143,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         with atomic_write(README) as file:
             file.write(f"{before}{begin(name)}{text}{END}{rest.partition(END)[2]}".encode())
         print(f"{begin(name)}{text}{END}", end="")
+    if "train_sparse_attn" in names:
+        draw(read_log(str(FOLDER / "train_sparse_attn" / "log_sparse.txt")), PICTURE, mark=100)
     return 0
 
 

@@ -4,6 +4,7 @@ Texts are README.md, the other READMEs, the Makefile's recipes, and each script'
 """
 
 import ast
+import functools
 import importlib
 import re
 import shlex
@@ -20,6 +21,7 @@ from experiments import readme_figures
 from kernels import cpu
 from llmc.cli import ArgumentParser
 from llmc.errors import UserError
+from llmc.tokenizer import BYTE_VOCAB
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -134,7 +136,7 @@ def test_commands_parse(text, monkeypatch):
 
 
 # the examples of --help that go on from a file of no command: to be mended where the trainers are
-UNMADE = [pytest.mark.xfail(reason="--resume reads a file that no example writes", strict=True)]
+UNMADE = [pytest.mark.xfail(reason="--resume reads a file that no example writes; dsa.bin has no data", strict=True)]
 WITH_HELP = [
     pytest.param(script, marks=UNMADE if script in ("train_sparse_attn.py", "train_toroidal.py") else [])
     for script in SCRIPTS
@@ -176,71 +178,93 @@ def test_wrong_commands_are_found(monkeypatch):
 # files
 
 
-def files(script: str, words: list[str], monkeypatch) -> tuple[set[str], set[str]]:
-    """The files that a command names: those that it reads, those that it writes."""
+def data_files(name: str) -> dict[str, int]:
+    """The pair that data/shakespeare.py writes."""
+    return {f"data/shakespeare/{name}_{split}.bin": 0 for split in ("train", "val")}
+
+
+DEFAULT_DATA = {50257: data_files("shakespeare"), BYTE_VOCAB: data_files("shakespeare_byte")}
+
+
+def files(script: str, words: list[str], there: dict[str, int], monkeypatch) -> tuple[set[str], dict[str, int]]:
+    """The files that a command reads, and those that it writes: {path: tokens of a model's vocabulary, else 0}.
+
+    there: the files before it, likewise.
+    """
     args = settings(script, words, monkeypatch)
+    reads, writes = set(), {}
     if script in TRAINERS:
-        reads = {args.resume or args.model, args.train_data, args.val_data, args.tokenizer}
-        writes = {args.checkpoint or args.resume, args.log}
+        V = there.get(args.resume or args.model, 0)
+        reads = {args.resume or args.model, args.tokenizer}
+        data = {args.train_data, args.val_data} if args.train_data else DEFAULT_DATA.get(V, {f"data of {V} tokens"})
+        reads |= {*data}
+        writes = {args.checkpoint or args.resume: V, args.log: 0}
     elif script == "generate.py":
-        reads, writes = {args.checkpoint, args.tokenizer}, set()
+        reads = {args.checkpoint, args.tokenizer}
     elif script == "-m llmc.diff":
-        reads, writes = {args.A, args.B}, set()
+        reads = {args.A, args.B}
     elif script == "experiments/plot_log.py":
-        reads, writes = {args.log}, {str(args.output)}
+        reads, writes = {args.log}, {str(args.output): 0}
+    elif script == "data/shakespeare.py":
+        writes = data_files("shakespeare_byte" if args.tokenizer == "byte" else "shakespeare")
     elif script == "data/create_model.py":
-        reads, writes = set(), {str(args.output)}
+        writes = {str(args.output): args.vocab}
     elif script == "data/starter_pack.py":
-        reads, writes = set(), {str(args.out_dir / name) for name in STARTER_PACK}
+        writes = STARTER_FILES
     elif script == "tests/check_gpt2.py":
-        reads, writes = {*words}, set()
-    else:
-        reads, writes = set(), set()
-    return reads - {None}, writes - {None}
+        reads = {*words}
+    return {*reads} - {None}, {path: V for path, V in writes.items() if path}
 
 
-def check_files(text: str, there: set[str], monkeypatch, fresh: bool = False) -> set[str]:
+STARTER_FILES = {name: 50257 if name == "gpt2_124M.bin" else 0 for name in STARTER_PACK}
+
+
+def check_files(text: str, there: dict[str, int], monkeypatch, fresh: bool = False) -> dict[str, int]:
     """Go through the commands of `text`, of make as well; each may read what is `there` or was written before it.
 
     -> what is there in the end. With `fresh`, fails too where create_model.py would refuse to overwrite a model.
     """
-    there = set(there)
+    there = dict(there)
     for line in text.splitlines():
         for target in MAKE.findall(line):
-            there |= check_files(recipes(target), there, monkeypatch)
+            there = check_files(recipes(target), there, monkeypatch)
         for script, words, output in commands(line):
             if "--help" in words:
                 continue
-            reads, writes = files(script, words, monkeypatch)
-            missing = reads - there - OWN
+            reads, writes = files(script, words, there, monkeypatch)
+            missing = reads - there.keys() - OWN
             assert not missing, f"{script} {shlex.join(words)} reads {missing}, which nothing has written by then"
             if fresh and script == "data/create_model.py" and "--force" not in words:
-                assert not writes & there, f"{script} {shlex.join(words)}: there is a {writes & there} already"
-            there |= writes | {output} - {None}
+                known = writes.keys() & there.keys()
+                assert not known, f"{script} {shlex.join(words)}: there is a {known} already"
+            there |= writes | ({output: 0} if output else {})
     return there
 
 
-def products() -> set[str]:
-    """What make targets write, the starter pack, and the models of create_model.py's own examples."""
-    written = {*STARTER_PACK, "byte.bin", "d12.bin", "dsa.bin"}
-    for target in TARGETS:
-        for script, words, _ in commands(recipes(target)):
-            for flag in ("-c", "-o"):
-                if flag in words and script != "experiments/plot_log.py":
-                    written.add(words[words.index(flag) + 1])
-    return written
+@functools.cache
+def products() -> dict[str, int]:
+    """What make targets write, the starter pack, and the models of data/create_model.py's own examples."""
+    there = STARTER_FILES | DEFAULT_DATA[50257] | DEFAULT_DATA[BYTE_VOCAB]
+    with pytest.MonkeyPatch.context() as patch:
+        for text in (docstring("data/create_model.py"), "\n".join(f"make {target}" for target in MAKERS)):
+            there = check_files(text, there, patch)
+    return there
+
+
+MAKERS = ("train_banded", "train_sparse_attn", "train_toroidal", "plot")
 
 
 def test_readme_reads_what_it_has_written(monkeypatch):
     """From the top, on a fresh clone: no command of README reads a file that no command before it makes."""
-    there = check_files(code(README), set(), monkeypatch, fresh=True)
-    assert {"model.bin", "checkpoint.bin", "dense.bin", "byte.bin", "gpt2_124M.bin", "log_sparse.txt"} <= there
+    there = check_files(code(README), {}, monkeypatch, fresh=True)
+    assert {"model.bin", "checkpoint.bin", "dense.bin", "byte.bin", "gpt2_124M.bin", "log_sparse.txt"} <= there.keys()
+    assert (there["checkpoint.bin"], there["byte_checkpoint.bin"]) == (50257, BYTE_VOCAB)
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_recipes_read_what_they_have_written(target, monkeypatch):
     """A make target makes all that it reads, but for those that say what they go on from."""
-    before = {"plot": {"log_sparse.txt"}, "generate": {"checkpoint.bin"}}.get(target, set())
+    before = {"plot": {"log_sparse.txt": 0}, "generate": {"checkpoint.bin": 50257}}.get(target, {})
     check_files(recipes(target), before, monkeypatch)
 
 
@@ -252,9 +276,11 @@ def test_docstrings_read_what_is_there(script, monkeypatch):
 
 def test_missing_files_are_found(monkeypatch):
     with pytest.raises(AssertionError, match=r"reads \{'never.bin'\}"):
-        check_files("python generate.py -e never.bin", {"model.bin"}, monkeypatch)
+        check_files("python generate.py -e never.bin", {"model.bin": 50257}, monkeypatch)
+    with pytest.raises(AssertionError, match="data of 1000 tokens"):
+        check_files("python train_banded.py -e own.bin", {"own.bin": 1000}, monkeypatch)
     with pytest.raises(AssertionError, match="already"):
-        check_files("make model\npython data/create_model.py", set(), monkeypatch, fresh=True)
+        check_files("make model\npython data/create_model.py", {}, monkeypatch, fresh=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -312,6 +338,43 @@ def test_figures_say_which_commands():
     assert len(readme_figures.commands("bytes")) == 3
 
 
+def test_excerpt():
+    lines = ["a 1", "b 1", "x", "a 2", "b 2", "a 3"]
+    assert readme_figures.excerpt(lines, ["a", "b", "a"]) == ["a 1", "b 1", "...", "a 2"]
+    assert readme_figures.excerpt(lines, ["b", "last a"]) == ["b 1", "...", "a 3"]
+    with pytest.raises(UserError, match="no line like 'x'"):
+        readme_figures.excerpt(lines, ["a", "x", "x"])
+
+
+def test_figures_replace_their_block_alone(monkeypatch, tmp_path):
+    """And what has been run with the same command and code is not run again."""
+    readme, folder = tmp_path / "README.md", tmp_path / "bytes"
+    readme.write_text(README)
+    folder.mkdir()
+    for number, command in enumerate(readme_figures.commands("bytes")):
+        text = "val loss 5\nother\nstep  600/600: train loss 3\nval loss 2\ndevice: of the test\n"
+        (folder / f"{number}.txt").write_text(f"{readme_figures.code()} {command}\n{text}")
+    monkeypatch.setattr(readme_figures, "README", readme)
+    monkeypatch.setattr(readme_figures, "FOLDER", tmp_path)
+    monkeypatch.setattr(readme_figures.subprocess, "run", None)
+    assert readme_figures.main(["--only", "bytes"]) == 0
+    expected = ["val loss 5", "...", "step  600/600: train loss 3", "val loss 2", "device: of the test"]
+    assert readme.read_text() == README.replace("\n".join(figures("bytes")), "\n".join(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["train_banded", "train_sparse_attn", "train_toroidal"])
+def test_runs_print_what_readme_shows(name, monkeypatch, tmp_path):
+    """The lines that README shows are found in what the trainers print today; the runs are cut short."""
+    short = {r"-n \d{3}": "-n 6", r"-v \d+": "-v 2", r"-m \d+": "-m 1", r"-s \d\d+": "-s 3", r"warmup \d+": "warmup 3"}
+    full = readme_figures.commands(name)
+    for pattern, replacement in short.items():
+        full = [re.sub(rf"{pattern}\b", replacement, command) for command in full]
+    monkeypatch.setattr(readme_figures, "commands", lambda name: full)
+    monkeypatch.setattr(readme_figures, "FOLDER", tmp_path)
+    assert readme_figures.block(name).startswith("```\n")
+
+
 def test_toroidal_figures_bear_the_sentence():
     """...below them: the arms end within 1% of each other."""
     before, after, control_before, control_after = (
@@ -336,6 +399,32 @@ def test_bench_figures_are_those_of_results():
     told = " ".join(README.split())
     assert f"dense attention takes {rounded(cells['dense'][3])} ms forward + backward (PyTorch" in told
     assert f"(PyTorch {rounded(cells['dense'][-1])}), 16 keys a query {rounded(cells['16'][4])} ms" in told
+
+
+def test_ranges_hold_the_measured_ratios():
+    """README's "over so many runs" tells ranges; the run in benchmarks/RESULTS.md must lie in them."""
+    results, told = (ROOT / "benchmarks" / "RESULTS.md").read_text(), " ".join(README.split())
+
+    def within(ratio, low, high):
+        assert float(low) - 0.05 <= float(ratio) <= float(high) + 0.05
+
+    steps = re.findall(r"^  (\S.*?) {2,}.*?([\d.]+) x", results[results.index("\ntiny: C=128") :], re.MULTILINE)
+    (_, tiny, _, _, _), (_, dense, fc1, both, _) = steps[:5], steps[5:]
+    assert tiny[0] == dense[0] == "ours, dense" and both[0] == "ours, both 256"
+    ranges = r"tiny was {0} times as fast as PyTorch, 124M dense {0}, FC1 banded {0}, both banded {0},"
+    found = re.search(ranges.format(r"([\d.]+) to ([\d.]+)"), told).groups()
+    for place, (_, ratio) in enumerate((tiny, dense, fc1, both)):
+        within(ratio, *found[2 * place : 2 * place + 2])
+    for _, ratio in (tiny, dense):
+        within(ratio, *re.search(r"on a CPU ([\d.]+) to ([\d.]+) times as fast as PyTorch eager", told).groups())
+
+    bands = results[results.index("make bench_band") :]
+    cells = {row[3]: row[-2] for row in table_rows(bands) if row[1:3] == ["768", "1024"]}
+    found = re.search(r"([\d.]+) to ([\d.]+) times as fast as dense at w = 64 [^.]*\b([\d.]+) to ([\d.]+) at 256", told)
+    within(cells["w = 64"].split()[0], *found.groups()[:2])
+    within(cells["w = 256"].split()[0], *found.groups()[2:])
+    for width in (1024, 2048):
+        within(cells[f"w = {width}"].split()[0], *re.search(rf"([\d.]+) to ([\d.]+) at {width} ", told).groups())
 
 
 def test_gpu_figures_are_those_of_the_page():
