@@ -76,7 +76,7 @@ def typed(command: str) -> str:
     script, _, flags = command.partition(" ")
     if script.startswith("train_"):
         data = ROOT / "data" / "shakespeare" / f"shakespeare_{'byte_' if '-e byte.bin' in flags else ''}"
-        flags = f"--device cpu -i '{data}train.bin' -j '{data}val.bin' {flags}"
+        flags = f"--device cpu --overwrite 1 -i '{data}train.bin' -j '{data}val.bin' {flags}"
     elif script == "data/create_model.py":
         flags += " --force"
     return f"set -o pipefail; '{sys.executable}' '{ROOT / script}' {flags}"

@@ -216,13 +216,14 @@ def files(script: str, words: list[str], there: dict[str, int], monkeypatch) -> 
     return {*reads} - {None}, {path: V for path, V in writes.items() if path}
 
 
+REFUSING = {*TRAINERS, "data/create_model.py"}  # to overwrite what is there
 STARTER_FILES = {name: 50257 if name == "gpt2_124M.bin" else 0 for name in STARTER_PACK}
 
 
 def check_files(text: str, there: dict[str, int], monkeypatch, fresh: bool = False) -> dict[str, int]:
     """Go through the commands of `text`, of make as well; each may read what is `there` or was written before it.
 
-    -> what is there in the end. With `fresh`, fails too where create_model.py would refuse to overwrite a model.
+    -> what is there in the end. With `fresh`, fails too where a program would refuse to overwrite a file.
     """
     there = dict(there)
     for line in text.splitlines():
@@ -234,7 +235,7 @@ def check_files(text: str, there: dict[str, int], monkeypatch, fresh: bool = Fal
             reads, writes = files(script, words, there, monkeypatch)
             missing = reads - there.keys() - OWN
             assert not missing, f"{script} {shlex.join(words)} reads {missing}, which nothing has written by then"
-            if fresh and script == "data/create_model.py" and "--force" not in words:
+            if fresh and not {"--force", "--overwrite", "--resume"} & {*words} and script in REFUSING:
                 known = writes.keys() & there.keys()
                 assert not known, f"{script} {shlex.join(words)}: there is a {known} already"
             there |= writes | ({output: 0} if output else {})
@@ -281,6 +282,8 @@ def test_missing_files_are_found(monkeypatch):
         check_files("python train_banded.py -e own.bin", {"own.bin": 1000}, monkeypatch)
     with pytest.raises(AssertionError, match="already"):
         check_files("make model\npython data/create_model.py", {}, monkeypatch, fresh=True)
+    with pytest.raises(AssertionError, match="already"):
+        check_files("make train_banded\npython train_banded.py -c checkpoint.bin", {}, monkeypatch, fresh=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
