@@ -12,22 +12,23 @@ OPENBLAS_L2_SIZE are unset, OPENBLAS_NUM_THREADS is 2: all three change the last
 steps the first ones as well.
 """
 
-import hashlib
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+
+import hashlib
 import re
 import subprocess
-import sys
 from pathlib import Path
 
+from experiments.plot_log import draw, read_log
+from experiments.turns import OVERRIDES
+from llmc.cli import ArgumentParser
+from llmc.errors import UserError, run
+from llmc.files import atomic_write
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from experiments.plot_log import draw, read_log  # noqa: E402
-from experiments.turns import OVERRIDES  # noqa: E402
-from llmc.cli import ArgumentParser  # noqa: E402
-from llmc.errors import UserError, run  # noqa: E402
-from llmc.files import atomic_write  # noqa: E402
-
 PICTURE = ROOT / "experiments" / "indexer_warmup.png"
 README, FOLDER = ROOT / "README.md", ROOT / "build" / "readme"
 CODE = ("train_*.py", "data/*.py", "llmc/*.py", "systems/**/*.py", "kernels/*.py", "kernels/cpu/**/*.py")
@@ -134,7 +135,7 @@ def block(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=RUNS, help="the run to repeat (default: all)")
     args = parser.parse(argv)
     names = [args.only] if args.only else [*RUNS]
