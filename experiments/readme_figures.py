@@ -19,6 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 import hashlib
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -92,9 +93,18 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
-def output(path: Path, command: str, key: str) -> list[str]:
-    """The lines that `command` prints in the folder of `path`, from `path` if it holds them for this `key`."""
-    first = f"{key} {command}\n"
+def fresh(folder: Path) -> None:
+    """Empty the folder of a run unless today's code filled it: what an earlier run left changes what is printed."""
+    stamp, today = folder / "code.txt", code()
+    if not stamp.exists() or stamp.read_text() != today:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        stamp.write_text(today)
+
+
+def output(path: Path, command: str) -> list[str]:
+    """The lines that `command` prints in the folder of `path`, from `path` if it holds them."""
+    first = f"{command}\n"
     if not (path.exists() and path.read_text().startswith(first)):
         print(f"{path.parent.name}: {command}", flush=True)
         environment = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
@@ -123,11 +133,10 @@ def excerpt(lines: list[str], patterns: list[str]) -> list[str]:
 
 def block(name: str) -> str:
     """Repeat the run `name`; what README shows of it."""
-    folder = FOLDER / name
-    folder.mkdir(parents=True, exist_ok=True)
-    trained, key = [], code()
+    folder, trained = FOLDER / name, []
+    fresh(folder)
     for number, command in enumerate(dict.fromkeys(commands(name))):
-        lines = output(folder / f"{number}.txt", command, key)
+        lines = output(folder / f"{number}.txt", command)
         if command.startswith("train_"):
             trained.append(lines)
     parts = ["\n".join(excerpt(trained[turn], patterns)) for turn, patterns in RUNS[name].items()]

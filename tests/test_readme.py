@@ -356,7 +356,8 @@ def test_figures_replace_their_block_alone(monkeypatch, tmp_path):
     folder.mkdir()
     for number, command in enumerate(readme_figures.commands("bytes")):
         text = "val loss 5\nother\nstep  600/600: train loss 3\nval loss 2\ndevice: of the test\n"
-        (folder / f"{number}.txt").write_text(f"{readme_figures.code()} {command}\n{text}")
+        (folder / f"{number}.txt").write_text(f"{command}\n{text}")
+    (folder / "code.txt").write_text(readme_figures.code())
     monkeypatch.setattr(readme_figures, "README", readme)
     monkeypatch.setattr(readme_figures, "FOLDER", tmp_path)
     monkeypatch.setattr(readme_figures.subprocess, "run", None)
