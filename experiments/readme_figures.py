@@ -111,7 +111,8 @@ def output(path: Path, command: str) -> list[str]:
         environment["OPENBLAS_NUM_THREADS"] = "2"
         done = subprocess.run(["bash", "-c", typed(command)], cwd=path.parent, capture_output=True, env=environment)
         if done.returncode:
-            raise UserError(f"{command} failed: {done.stderr.decode(errors='replace').strip()}")
+            said = done.stderr.decode(errors="replace").strip()
+            raise UserError(f"{command}: exit status {done.returncode}: {said}")
         with atomic_write(path) as file:
             file.write(first.encode() + done.stdout.replace(f"{ROOT}/".encode(), b""))
     return path.read_text(errors="replace").split("\n")[1:]
