@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn train_toroidal | recall plot | setup data model | test lint kernels roofline bench bench_band bench_sparse diff | help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_slow lint kernels roofline bench bench_band bench_sparse diff | clean help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn train_toroidal plot recall generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ $(VENV)/plot-ready: $(VENV)/ready requirements-plot.txt
 
 recall: setup  ## tagged recall: dense, indexer, oracle, random, untrained, recency; the table into README.md
 	$(PY) experiments/recall.py
+
+figures: $(VENV)/plot-ready  ## repeat the runs that README.md shows and write their figures into it, 10 minutes
+	$(PY) experiments/readme_figures.py
 
 generate:  ## text from checkpoint.bin
 	$(PY) generate.py -e checkpoint.bin -n 100
@@ -111,6 +114,6 @@ bench_sparse: setup  ## sparse attention, masked and gathered, against dense, wr
 diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden
 
-clean:  ## what the trainers and tests wrote; .venv, data and model.bin stay
+clean:  ## what make's runs and the tests wrote; .venv, data and model.bin stay
 	rm -rf build checkpoint*.bin baseline*.bin log_*.txt plot.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
