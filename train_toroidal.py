@@ -5,6 +5,8 @@
     python train_toroidal.py -e baseline.bin --layers 0,2 --control 1 -n 200   # the same layers, GPT-2's attention
     python train_toroidal.py -e baseline.bin --layers none -n 0                # the baseline's perplexity
 
+Takes a plain GPT-2 file or a toroidal one.
+
 Reads top to bottom as train_gpt2_fp32.cu does: options, model (views, forward, backward, update), loop. What differs
 from GPT-2 is attention in the replaced layers. A head of hs channels is cut into D platters; token i becomes D
 sub-tokens (i,k), and each attends to the sub-tokens (j,l) of all tokens j <= i, by one softmax over both:
@@ -44,7 +46,7 @@ from systems.torus import FUSIONS, MODES, ROPES, Torus, choose_torus, extra_shap
 
 EPILOG = """examples:
   python train_toroidal.py -e gpt2_124M.bin --layers 0,6 --depth 2 -n 200 -b 1 -t 256 --grad-accum 16 --grad-clip 1
-  python train_toroidal.py -e baseline.bin --layers last:2 --depth 4 --lambda 4 --learn-lambda 1
+  python train_toroidal.py -e baseline.bin --layers last:2 --depth 4 --lambda 4 --learn-lambda 1 -c toroidal.bin
   python train_toroidal.py -e baseline.bin --layers 0 --init random --train all --recompute 1
   python train_toroidal.py --resume toroidal.bin               go on where a run stopped, with its settings
 

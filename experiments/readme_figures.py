@@ -16,6 +16,10 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
+    from llmc import startup
+
+    startup.begin()
 
 import hashlib
 import re
@@ -23,8 +27,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from benchmarks.turns import OVERRIDES
 from experiments.plot_log import draw, read_log
-from experiments.turns import OVERRIDES
 from llmc.cli import ArgumentParser
 from llmc.errors import UserError, run
 from llmc.files import atomic_write

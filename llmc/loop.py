@@ -1,7 +1,7 @@
 """What a training loop does besides training: validate, sample, check, save.
 
-A model here is anything with forward(inputs, targets), mean_loss() and extend(tokens, start) -> logits (V). A model that
-has several phases takes the phase as a further argument, which is passed on.
+A model here is anything with forward(inputs, targets), mean_loss() and extend(tokens, start) -> logits (V). If it has
+several phases, the phase is a further argument, which is passed on.
 """
 
 import math
