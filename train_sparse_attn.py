@@ -74,8 +74,7 @@ EPILOG = """examples:
   python train_sparse_attn.py -e dense.bin --indexer-warmup 100 -n 500    then the indexer alone, then both
   python train_sparse_attn.py -e dense.bin --selector recency --top-k 16  a sliding window, to compare
   python train_sparse_attn.py -e dense.bin --adaptive prefix --indexer-warmup 100 -n 500 -c sparse.bin
-  python train_sparse_attn.py -e dsa.bin -i data/shakespeare/shakespeare_byte_train.bin \\
-      -j data/shakespeare/shakespeare_byte_val.bin --layer-keep 1,0.5,0.75     create_model.py --preset dsa --vocab byte
+  python train_sparse_attn.py -e dsa.bin -i TRAIN.bin -j VAL.bin --layer-keep 1,0.5,0.75   create_model.py --preset dsa
   python train_sparse_attn.py --resume sparse.bin                         go on where a run stopped, with its settings
 
 k counts the keys of a query, of itself and all before it. Exit status: 0 done, 1 error, 2 wrong usage, 130, 143."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from kernels.cpu.band.band_mask import band_columns, band_count
 from kernels.cuda.band.band_matmul import COLUMNS, ROWS
 from kernels.cuda.runtime import source
+from llmc.cli import ArgumentParser
 from llmc.errors import run
 
 README = Path(__file__).parent.parent / "README.md"
@@ -244,7 +245,8 @@ def kernels_without_row() -> set[str]:
     return {name.replace("_128_", "_64_").replace("_wide_", "_") for name in source.kernels()} - listed
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    ArgumentParser(prog="python -m kernels.cuda.runtime.roofline", description=__doc__).parse(argv)
     README.write_text(with_table(README.read_text()))
     print(table(sizes(B=4, T=1024)), end="")
     return 0
