@@ -47,7 +47,7 @@ LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py"}  # no 
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
 WORDS |= {"-m kernels.cuda.roofline": 0}
 OTHERS = {"-m pytest", "-m pip", "-m venv", "-m ruff"}  # programs of others
-OWN = {"theirs.txt"}  # what only the reader can have: the output of another's trainer
+OWN = {"theirs.txt", "TRAIN.bin", "VAL.bin"}  # what only the reader can have: output of another trainer, own data
 MAKE = re.compile(r"\bmake(?: -\w+)* ([a-z_]+)")
 # a command: python, ours or the Makefile's, a script or module, and its words up to a comment, a pipe or a bracket
 COMMAND = re.compile(
