@@ -5,12 +5,13 @@ wrong raises UserError with exit code 2. Source: the option loops of train_gpt2_
 """
 
 import argparse
+import dataclasses
 import difflib
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from llmc.errors import UserError
 
@@ -194,3 +195,20 @@ def flag01(text: str) -> bool:
     if text not in ("0", "1"):
         raise argparse.ArgumentTypeError(f"{text!r}, expected 0 or 1")
     return text == "1"
+
+
+def resolve(args: argparse.Namespace, typed: set[str], flags: dict[str, str], old, default):
+    """A system's settings, a dataclass: what was typed, else what its file has (`old`), else the flags' defaults.
+
+    flags: {flag's name: field}. old: the file's settings, None if it is of no such system; default: what fields have
+    that no flag sets.
+    """
+    chosen = {field: getattr(args, flag) for flag, field in flags.items() if old is None or flag in typed}
+    return dataclasses.replace(default if old is None else old, **chosen)
+
+
+def refuse(problems: Iterable[tuple[object, str, str]]) -> None:
+    """Raise UserError, exit code 2, with the first (condition, message, hint) whose condition holds."""
+    for condition, message, hint in problems:
+        if condition:
+            raise UserError(message, hint, 2)
