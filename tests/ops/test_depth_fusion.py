@@ -1,40 +1,25 @@
-"""Depth fusion on the CPU: gradients of every mode through matrix and mixture, exact properties, layouts by hand."""
+"""The mixture of depth platters."""
 
 import numpy as np
 import pytest
-from check_op import check_op, relative
+from check_op import check_gradients, check_twin, nan, place, relative, rounded
+from test_fusion_matrix import MODES, matrix_of
 
-from kernels import cpu as ops
+from kernels import cpu, cuda
+from llmc.errors import UserError
 
-MODES = {name: mode for mode, name in enumerate(ops.FUSIONS)}
 RANK = {1: 1, 2: 1, 3: 2, 4: 3, 8: 2}
-
-
-def matrix_of(mode, D, first=None, second=None, dtype=np.float64):
-    omega = np.full((D, D), np.nan, dtype)
-    ops.fusion_matrix_forward(omega, first, second, mode)
-    return omega
-
-
-def drawn(mode, D, rank, seed=0):
-    """fusion_init's factors in float64."""
-    factors = ops.fusion_init(mode, D, rank, np.random.default_rng(seed))
-    return [None if factor is None else factor.astype(np.float64) for factor in factors]
 
 
 def fused(inp, omega, NH, depth_major=0):
     out = np.full_like(inp, np.nan)
-    ops.depth_fusion_forward(out, inp, omega, NH, depth_major)
+    cpu.depth_fusion_forward(out, inp, omega, NH, depth_major)
     return out
-
-
-def test_names():
-    assert ops.FUSIONS == ("identity", "mean", "low_rank", "low_rank_residual", "attention")
 
 
 @pytest.mark.parametrize("depth_major", [0, 1])
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("name", ops.FUSIONS)
+@pytest.mark.parametrize("name", cpu.FUSIONS)
 def test_gradients(name, D, depth_major):
     """inp and, where there are any, both factors; what was in dfirst and dsecond stays, dinp is overwritten."""
     mode, N, NH, hd = MODES[name], 5, 3, 2
@@ -48,8 +33,8 @@ def test_gradients(name, D, depth_major):
     def backward(dout, saved, inp, first=None, second=None):
         dinp, domega = np.full_like(inp, np.nan), np.zeros((D, D), inp.dtype)
         dfirst, dsecond = (None if x is None else np.full_like(x, 3) for x in (first, second))
-        ops.depth_fusion_backward(dinp, domega if width else None, dout, inp, saved[1], NH, depth_major)
-        ops.fusion_matrix_backward(dfirst, dsecond, domega if width else None, saved[1], first, second, mode)
+        cpu.depth_fusion_backward(dinp, domega if width else None, dout, inp, saved[1], NH, depth_major)
+        cpu.fusion_matrix_backward(dfirst, dsecond, domega if width else None, saved[1], first, second, mode)
         return dict(inp=dinp) | (dict(first=dfirst - 3, second=dsecond - 3) if width else {})
 
     if name == "attention" and D == 1:  # omega is 1 whatever the factors: their gradients are 0, relative to nothing
@@ -57,7 +42,7 @@ def test_gradients(name, D, depth_major):
         grads = backward(np.ones((N, NH * hd)), (None, ones), np.ones((N, NH * hd)), ones, ones)
         assert not grads["first"].any() and not grads["second"].any()
     else:
-        check_op(forward, backward, **shapes)
+        check_gradients(forward, backward, **shapes)
 
 
 @pytest.mark.parametrize("depth_major", [0, 1])
@@ -70,10 +55,10 @@ def test_gradient_of_omega(depth_major):
 
     def backward(dout, saved, inp, omega):
         dinp, domega = np.full_like(inp, np.nan), np.full_like(omega, 5)
-        ops.depth_fusion_backward(dinp, domega, dout, inp, omega, NH, depth_major)
+        cpu.depth_fusion_backward(dinp, domega, dout, inp, omega, NH, depth_major)
         return dict(inp=dinp, omega=domega - 5)
 
-    check_op(forward, backward, inp=(N, NH * D * hd), omega=(D, D))
+    check_gradients(forward, backward, inp=(N, NH * D * hd), omega=(D, D))
 
 
 def test_layouts_by_hand():
@@ -96,7 +81,7 @@ def test_depth_major_is_a_permutation_of_the_columns(D):
     grads = []
     for depth_major, gradient in ((0, dout), (1, dout[:, order])):
         dinp, domega = np.empty_like(inp), np.zeros((D, D))
-        ops.depth_fusion_backward(dinp, domega, np.ascontiguousarray(gradient), inp, omega, 3, depth_major)
+        cpu.depth_fusion_backward(dinp, domega, np.ascontiguousarray(gradient), inp, omega, 3, depth_major)
         grads.append((dinp, domega))
     assert (grads[0][0] == grads[1][0]).all() and relative(grads[1][1], grads[0][1]) < 1e-14
 
@@ -106,7 +91,7 @@ def test_one_platter_returns_the_bits(dtype):
     """With every kind of zero and what is no number."""
     inp = np.array([[0.0, -0.0, 1e-42, np.inf], [-np.inf, np.nan, -3.5, 1 / 3]], dtype)
     for name in ("identity", "mean", "low_rank", "low_rank_residual", "attention"):
-        first, second = ops.fusion_init(MODES[name], 1, 1, np.random.default_rng(3))
+        first, second = cpu.fusion_init(MODES[name], 1, 1, np.random.default_rng(3))
         out = fused(inp, matrix_of(MODES[name], 1, first, second, dtype), 2)
         assert out.tobytes() == inp.tobytes(), name
 
@@ -118,7 +103,7 @@ def test_identity_is_exact(D):
     assert (omega == np.eye(D)).all()
     assert (fused(inp, omega, 2) == inp).all()
     dinp = np.empty_like(inp)
-    ops.depth_fusion_backward(dinp, None, inp, inp, omega, 2)
+    cpu.depth_fusion_backward(dinp, None, inp, inp, omega, 2)
     assert (dinp == inp).all()
 
 
@@ -132,60 +117,6 @@ def test_mean_is_idempotent(D):
     assert relative(fused(once, omega, 2), once) < 1e-15
 
 
-@pytest.mark.parametrize("D, rank", [(1, 1), (2, 1), (2, 2), (4, 1), (4, 3), (8, 2), (8, 8)])
-def test_low_rank_at_the_start(D, rank):
-    """rank singular values, all 1 / sqrt(rank); the residual is the identity, its zeros have a gradient."""
-    first, second = drawn(MODES["low_rank"], D, rank)
-    singular = np.linalg.svd(matrix_of(MODES["low_rank"], D, first, second), compute_uv=False)
-    assert np.abs(singular[:rank] - rank**-0.5).max() < 1e-6 and (singular[rank:] < 1e-7).all()
-    for factor in (first, second):
-        assert np.abs(factor.T @ factor - np.eye(rank)).max() < 1e-6 and (np.diagonal(factor) > 0).all()
-
-    mode = MODES["low_rank_residual"]
-    first, second = drawn(mode, D, rank)
-    omega = matrix_of(mode, D, first, second)
-    assert (omega == np.eye(D)).all() and not second.any() and np.abs(first.T @ first - np.eye(rank)).max() < 1e-6
-    dfirst, dsecond = np.zeros_like(first), np.zeros_like(second)
-    ops.fusion_matrix_backward(dfirst, dsecond, np.eye(D), omega, first, second, mode)
-    assert not dfirst.any() and relative(dsecond, first / np.sqrt(rank)) < 1e-15
-
-
-def test_low_rank_of_one_platter_starts_as_exactly_one():
-    for seed in range(20):  # half of the Gaussians are negative
-        first, second = ops.fusion_init(MODES["low_rank"], 1, 1, np.random.default_rng(seed))
-        assert matrix_of(MODES["low_rank"], 1, first, second, np.float32).tolist() == [[1.0]]
-
-
-@pytest.mark.parametrize("D", [1, 2, 5, 8])
-def test_rows_of_attention_sum_to_one(D):
-    first, second = drawn(MODES["attention"], D, None)
-    for scale in (1, 300):  # scores that would overflow
-        omega = matrix_of(MODES["attention"], D, scale * first, second)
-        assert np.abs(omega.sum(axis=1) - 1).max() < 1e-14 and (omega >= 0).all()
-    if D > 1:
-        assert np.abs(matrix_of(MODES["attention"], D, first, second).sum(axis=0) - 1).max() > 1e-2  # columns do not
-
-
-@pytest.mark.parametrize("D, rank", [(1, 1), (4, 1), (4, 4), (8, 2)])
-def test_parameter_counts(D, rank):
-    counts = {"identity": 0, "mean": 0, "low_rank": 2 * D * rank, "low_rank_residual": 2 * D * rank}
-    for name, count in (counts | {"attention": 2 * D * D}).items():
-        factors = ops.fusion_init(MODES[name], D, rank, np.random.default_rng(0))
-        if count:
-            assert sum(factor.size for factor in factors) == count
-            assert all(factor.dtype == np.float32 and len(factor) == D for factor in factors)
-        else:
-            assert factors == (None, None)
-            ops.fusion_matrix_backward(None, None, None, None, None, None, MODES[name])
-
-
-@pytest.mark.parametrize("rank", [0, 5, -1])
-def test_a_rank_outside_1_to_D_is_refused(rank):
-    for name in ("low_rank", "low_rank_residual"):
-        with pytest.raises(ValueError, match=f"rank {rank} of a fusion of 4 platters, expected 1 to 4"):
-            ops.fusion_init(MODES[name], 4, rank, np.random.default_rng(0))
-
-
 @pytest.mark.parametrize("D", [1, 2, 8])
 def test_rows_are_independent_bit_for_bit(D):
     """What other rows hold, even NaN, changes nothing; nor does their number."""
@@ -195,3 +126,77 @@ def test_rows_are_independent_bit_for_bit(D):
     assert fused(inp[:17], omega, 2).tobytes() == whole
     inp[17:] = np.nan
     assert fused(inp, omega, 2)[:17].tobytes() == whole
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# on CUDA: the emulator, and a GPU if there is one
+
+SIZES = [  # N, NH, D, hd, offset
+    (1, 1, 1, 1, 0),
+    (3, 2, 1, 4, 0),
+    (9, 3, 2, 8, 0),
+    (5, 2, 3, 5, 0),
+    (70, 12, 4, 4, 0),  # several tiles
+    (7, 2, 4, 4, 1),
+    (5, 3, 8, 8, 0),
+    (11, 1, 16, 2, 0),
+    (2, 2, 33, 4, 0),
+    (3, 2, 64, 1, 0),
+    (9, 1, 8, 256, 0),  # the widest head: a tile
+    (2, 2, 2, 6, 0),
+    (3, 1, 2, 66, 2),
+]
+
+
+@pytest.mark.parametrize("depth_major", [0, 1])
+@pytest.mark.parametrize("N, NH, D, hd, offset", SIZES)
+def test_depth_fusion(runtime, N, NH, D, hd, offset, depth_major):
+    C = NH * D * hd
+    inp, dout, omega, domega = rounded(N, C), rounded(N, C, seed=1), rounded(D, D, seed=2), rounded(D, D, seed=3)
+    check_twin(runtime, "depth_fusion_forward", nan(N, C), inp, omega, NH, depth_major, offset=offset)
+    check_twin(runtime, "depth_fusion_backward", nan(N, C), domega, dout, inp, omega, NH, depth_major, offset=offset)
+    check_twin(runtime, "depth_fusion_backward", nan(N, C), None, dout, inp, omega, NH, depth_major, offset=offset)
+
+
+def test_blocks_that_take_several_tiles(emulator, monkeypatch):
+    monkeypatch.setattr(cuda.depth_fusion, "BLOCKS", 3)
+    for D, hd in ((2, 32), (40, 4)):
+        inp, dout, omega = rounded(150, 2 * D * hd), rounded(150, 2 * D * hd, seed=1), rounded(D, D)
+        check_twin(emulator, "depth_fusion_forward", nan(*inp.shape), inp, omega, 2)
+        check_twin(emulator, "depth_fusion_backward", nan(*inp.shape), rounded(D, D, seed=3), dout, inp, omega, 2)
+
+
+@pytest.mark.parametrize("D", [1, 2, 8])
+def test_identity_is_exact_on_cuda(runtime, D):
+    """One platter keeps -0, too."""
+    device, inp = cuda.device(runtime), rounded(9, 48).astype(np.float32)
+    inp[0, :3] = 0, -0.0, np.float32(1e-30)
+    out, ours, omega = (place(runtime, x, 0) for x in (nan(9, 48), inp, nan(D, D)))
+    device.fusion_matrix_forward(omega, None, None, cpu.FUSIONS.index("identity"))
+    device.depth_fusion_forward(out, ours, omega, 3)
+    assert (runtime.to_host(out) == inp).all()
+    assert D > 1 or runtime.to_host(out).tobytes() == inp.tobytes()
+
+
+@pytest.mark.parametrize("D", [1, 4])
+def test_rows_are_independent_bit_for_bit_on_cuda(runtime, D):
+    """What comes after may even be NaN."""
+    device, inp, results = cuda.device(runtime), rounded(40, 2 * D * 8), []
+    omega = place(runtime, rounded(D, D), 0)
+    for _ in range(2):
+        out, ours = place(runtime, nan(*inp.shape), 0), place(runtime, inp, 0)
+        device.depth_fusion_forward(out, ours, omega, 2)
+        results.append(runtime.to_host(out)[:17])
+        inp[17:] = np.nan
+    assert np.isfinite(results[0]).all() and results[0].tobytes() == results[1].tobytes()
+
+
+@pytest.mark.parametrize("D, hd", [(65, 1), (1, 260), (9, 256)])
+def test_sizes_that_a_kernel_cannot_hold_are_refused(emulator, D, hd):
+    device, x, omega = cuda.device(emulator), emulator.zeros((1, D * hd)), emulator.zeros((D, D))
+    for refused in (
+        lambda: device.depth_fusion_forward(x, x, omega, 1),
+        lambda: device.depth_fusion_backward(x, omega, x, x, omega, 1),
+    ):
+        with pytest.raises(UserError, match=f"{D} platters of {hd} channels, on a GPU at most 64 of 256, and 2048 a"):
+            refused()

@@ -1,0 +1,58 @@
+"""Products of activations and weights, cuBLAS's and the ladder of handwritten ones."""
+
+import numpy as np
+import pytest
+from check_op import TOL, check_gradients, check_twin, nan, place, relative, rounded
+
+from kernels import cpu
+from kernels.cuda.gpt2.matmul import LADDER, matmul_forward_by_hand
+
+
+@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600)])
+def test_matmul(N, C, OC):
+    def forward(inp, weight, bias):
+        out = np.empty((N, OC), inp.dtype)
+        cpu.matmul_forward(out, inp, weight, bias)
+        return (out,)
+
+    def backward(dout, saved, inp, weight, bias):
+        dinp, dweight, dbias = np.full_like(inp, np.nan), np.full_like(weight, np.nan), np.zeros_like(bias)
+        cpu.matmul_backward(dinp, dweight, dbias, dout, inp, weight)
+        return dict(inp=dinp, weight=dweight, bias=dbias)
+
+    check_gradients(forward, backward, inp=(N, C), weight=(OC, C), bias=(OC,))
+
+
+def test_matmul_beta_adds_to_the_gradient():
+    rng = np.random.default_rng(2)
+    inp, weight, dout = (rng.standard_normal(shape) for shape in ((9, 16), (300, 16), (9, 300)))
+    dinp, once, twice = np.empty_like(inp), np.empty_like(weight), np.empty_like(weight)
+    cpu.matmul_backward(dinp, once, None, dout, inp, weight)
+    cpu.matmul_backward(dinp, twice, None, dout, inp, weight)
+    cpu.matmul_backward(dinp, twice, None, dout, inp, weight, beta=1)
+    assert relative(twice, 2 * once) < 1e-15
+    assert relative(once, dout.T @ inp) < 1e-15
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# on CUDA: the emulator, and a GPU if there is one
+
+
+@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
+def test_matmul_on_cuda(runtime, N, C, OC):
+    inp, weight, bias, dout = rounded(N, C), rounded(OC, C), rounded(OC), rounded(N, OC)
+    check_twin(runtime, "matmul_forward", nan(N, OC), inp, weight, bias)
+    check_twin(runtime, "matmul_forward", nan(N, OC), inp, weight, None)
+    for beta in (0, 1):
+        dweight = weight if beta else nan(OC, C)
+        check_twin(runtime, "matmul_backward", nan(N, C), dweight, bias, dout, inp, weight, beta)
+    check_twin(runtime, "matmul_backward", nan(N, C), nan(OC, C), None, dout, inp, weight)
+
+
+@pytest.mark.parametrize("version", LADDER)
+@pytest.mark.parametrize("N, C, OC", [(1, 1, 1), (33, 20, 50), (130, 37, 131), (128, 64, 256)])
+def test_matmul_by_hand(runtime, version, N, C, OC):
+    inp, weight, bias = rounded(N, C), rounded(OC, C), rounded(OC)
+    ours = [place(runtime, array, 0) for array in (nan(N, OC), inp, weight, bias)]
+    matmul_forward_by_hand(runtime, version, *ours)
+    assert relative(runtime.to_host(ours[0]), inp @ weight.T + bias) <= TOL
