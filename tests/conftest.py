@@ -1,8 +1,12 @@
 """Fixtures that several test files share."""
 
+from functools import cache
+
 import pytest
 import tiny
 from availability import emulate, open_gpu
+
+from kernels import cpu
 
 
 @pytest.fixture
@@ -18,7 +22,21 @@ def emulator():
     return emulate("fast")
 
 
-@pytest.fixture(scope="session", params=["fast", "check", pytest.param("gpu", marks=pytest.mark.gpu)])
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(scope="session", params=["check", GPU])
 def runtime(request):
-    """What CUDA kernels run on: the emulator, which finds races and stray accesses in mode check, and a GPU."""
-    return open_gpu() if request.param == "gpu" else emulate(request.param)
+    """What CUDA kernels run on: the emulator, which finds races and stray accesses as well, and a GPU."""
+    return open_runtime(request.param)
+
+
+@pytest.fixture(scope="session", params=["cpu", "check", GPU])
+def device(request):
+    """What an op runs on: kernels.cpu, or what CUDA kernels run on. For check_op."""
+    return cpu if request.param == "cpu" else open_runtime(request.param)
+
+
+@cache
+def open_runtime(name: str):
+    return open_gpu() if name == "gpu" else emulate(name)

@@ -2,27 +2,29 @@
 
 import numpy as np
 import pytest
-from check_op import check_gradients, check_twin, nan, place, relative, rounded
+from check_op import check_op, check_twin, nan, place, relative, rounded
 
 from kernels import cpu, cuda
 from llmc.errors import UserError
 
+SIZES = [  # B, T, NH, hs
+    (1, 1, 1, 4), (2, 5, 3, 4), (2, 64, 2, 8), (1, 150, 3, 4), (1, 33, 2, 8), (2, 64, 2, 16), (1, 130, 2, 64),
+    (1, 70, 1, 80), (1, 65, 2, 128), (1, 40, 2, 5), (1, 7, 1, 1),
+]  # fmt: skip
 
-@pytest.mark.parametrize("B, T, NH, hs", [(1, 1, 1, 4), (2, 5, 3, 4), (2, 64, 2, 8), (1, 150, 3, 4)])
-def test_attention(B, T, NH, hs):
-    C = NH * hs
 
-    def forward(qkv):
-        out, lse = np.empty((B * T, C), qkv.dtype), np.empty((B, NH, T), qkv.dtype)
-        cpu.attention_forward(out, lse, qkv, NH)
-        return out, lse
+@pytest.mark.parametrize("B, T, NH, hs", SIZES)
+def test_attention(device, B, T, NH, hs):
+    outs = dict(out=(B * T, NH * hs), lse=(B, NH, T))
+    check_op(device, "attention", outs, qkv=(B, T, 3 * NH * hs), NH=NH)
 
-    def backward(dout, saved, qkv):
-        dqkv = np.full_like(qkv, np.nan)
-        cpu.attention_backward(dqkv, dout, qkv, *saved, NH)
-        return dict(qkv=dqkv)
 
-    check_gradients(forward, backward, qkv=(B, T, 3 * C))
+@pytest.mark.parametrize("B, T, NH, hs", SIZES)
+def test_attention_of_the_last_queries(runtime, B, T, NH, hs):
+    for start in {T - 1, T // 2, max(T - 8, 0), max(T - 9, 0)}:  # up to 8 queries have a kernel of their own
+        n = T - start
+        given = nan(B * n, NH * hs), nan(B, NH, n), rounded(B, T, 3 * NH * hs), NH, start
+        check_twin(runtime, "attention_forward", *given)
 
 
 def plain_attention(qkv, NH):
@@ -94,21 +96,6 @@ def test_sizes_that_a_kernel_cannot_hold_are_refused(emulator):
     ):
         with pytest.raises(UserError, match="head size 130, on a GPU at most 128"):
             refused()
-
-
-@pytest.mark.parametrize("B, T, NH, hs", [
-    (1, 1, 1, 4), (2, 5, 3, 4), (1, 33, 2, 8), (2, 64, 2, 16), (1, 130, 2, 64), (1, 70, 1, 80), (1, 65, 2, 128),
-    (1, 40, 2, 5), (1, 7, 1, 1),
-])  # fmt: skip
-def test_attention_on_cuda(runtime, B, T, NH, hs):
-    C = NH * hs
-    qkv, out, lse = rounded(B, T, 3 * C), nan(B * T, C), nan(B, NH, T)
-    check_twin(runtime, "attention_forward", out, lse, qkv, NH)
-    cpu.attention_forward(out, lse, qkv, NH)
-    check_twin(runtime, "attention_backward", nan(B, T, 3 * C), rounded(B * T, C), qkv, out, lse, NH)
-    for start in {T - 1, T // 2, max(T - 8, 0), max(T - 9, 0)}:  # up to 8 queries have a kernel of their own
-        n = T - start
-        check_twin(runtime, "attention_forward", nan(B * n, C), nan(B, NH, n), qkv, NH, start)
 
 
 @pytest.mark.parametrize("t", [3, 31, 64])

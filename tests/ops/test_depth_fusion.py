@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from check_op import check_gradients, check_twin, nan, place, relative, rounded
+from check_op import check_gradients, check_op, check_twin, nan, place, relative, rounded
 from test_fusion_matrix import MODES, matrix_of
 
 from kernels import cpu, cuda
+from kernels.cuda.torus import depth_fusion
 from llmc.errors import UserError
 
 RANK = {1: 1, 2: 1, 3: 2, 4: 3, 8: 2}
@@ -45,20 +46,33 @@ def test_gradients(name, D, depth_major):
         check_gradients(forward, backward, **shapes)
 
 
+SIZES = [  # N, NH, D, hd, offset
+    (1, 1, 1, 1, 0),
+    (3, 2, 1, 4, 0),
+    (9, 3, 2, 8, 0),
+    (5, 2, 3, 5, 0),
+    (70, 12, 4, 4, 0),  # several tiles
+    (7, 2, 4, 4, 1),
+    (5, 3, 8, 8, 0),
+    (11, 1, 16, 2, 0),
+    (2, 2, 33, 4, 0),
+    (3, 2, 64, 1, 0),
+    (9, 1, 8, 256, 0),  # the widest head: a tile
+    (2, 2, 2, 6, 0),
+    (3, 1, 2, 66, 2),
+    (1400, 4, 4, 24, 0),  # several blocks on the CPU
+]
+
+
 @pytest.mark.parametrize("depth_major", [0, 1])
-def test_gradient_of_omega(depth_major):
-    """By itself, over several blocks of rows; it accumulates; float32 follows."""
-    N, NH, D, hd = 1400, 4, 4, 24
-
-    def forward(inp, omega):
-        return (fused(inp, omega, NH, depth_major),)
-
-    def backward(dout, saved, inp, omega):
-        dinp, domega = np.full_like(inp, np.nan), np.full_like(omega, 5)
-        cpu.depth_fusion_backward(dinp, domega, dout, inp, omega, NH, depth_major)
-        return dict(inp=dinp, omega=domega - 5)
-
-    check_gradients(forward, backward, inp=(N, NH * D * hd), omega=(D, D))
+@pytest.mark.parametrize("N, NH, D, hd, offset", SIZES)
+def test_depth_fusion(device, N, NH, D, hd, offset, depth_major):
+    C = NH * D * hd
+    given = dict(inp=(N, C), omega=(D, D), NH=NH, depth_major=depth_major)
+    check_op(device, "depth_fusion", dict(out=(N, C)), ("domega",), offset, **given)
+    if device is not cpu:  # a matrix that is fixed
+        args = nan(N, C), None, rounded(N, C, seed=1), rounded(N, C), rounded(D, D, seed=2), NH, depth_major
+        check_twin(device, "depth_fusion_backward", *args, offset=offset)
 
 
 def test_layouts_by_hand():
@@ -131,35 +145,9 @@ def test_rows_are_independent_bit_for_bit(D):
 # ----------------------------------------------------------------------------------------------------------------------
 # on CUDA: the emulator, and a GPU if there is one
 
-SIZES = [  # N, NH, D, hd, offset
-    (1, 1, 1, 1, 0),
-    (3, 2, 1, 4, 0),
-    (9, 3, 2, 8, 0),
-    (5, 2, 3, 5, 0),
-    (70, 12, 4, 4, 0),  # several tiles
-    (7, 2, 4, 4, 1),
-    (5, 3, 8, 8, 0),
-    (11, 1, 16, 2, 0),
-    (2, 2, 33, 4, 0),
-    (3, 2, 64, 1, 0),
-    (9, 1, 8, 256, 0),  # the widest head: a tile
-    (2, 2, 2, 6, 0),
-    (3, 1, 2, 66, 2),
-]
-
-
-@pytest.mark.parametrize("depth_major", [0, 1])
-@pytest.mark.parametrize("N, NH, D, hd, offset", SIZES)
-def test_depth_fusion(runtime, N, NH, D, hd, offset, depth_major):
-    C = NH * D * hd
-    inp, dout, omega, domega = rounded(N, C), rounded(N, C, seed=1), rounded(D, D, seed=2), rounded(D, D, seed=3)
-    check_twin(runtime, "depth_fusion_forward", nan(N, C), inp, omega, NH, depth_major, offset=offset)
-    check_twin(runtime, "depth_fusion_backward", nan(N, C), domega, dout, inp, omega, NH, depth_major, offset=offset)
-    check_twin(runtime, "depth_fusion_backward", nan(N, C), None, dout, inp, omega, NH, depth_major, offset=offset)
-
 
 def test_blocks_that_take_several_tiles(emulator, monkeypatch):
-    monkeypatch.setattr(cuda.depth_fusion, "BLOCKS", 3)
+    monkeypatch.setattr(depth_fusion, "BLOCKS", 3)
     for D, hd in ((2, 32), (40, 4)):
         inp, dout, omega = rounded(150, 2 * D * hd), rounded(150, 2 * D * hd, seed=1), rounded(D, D)
         check_twin(emulator, "depth_fusion_forward", nan(*inp.shape), inp, omega, 2)

@@ -20,10 +20,14 @@ def test_expert_rows_are_enough_for_any_choice(N, top, E):
     assert (-(-load // tile)).sum() * tile <= rows <= N * top + E * (tile - 1)
 
 
-@pytest.mark.parametrize("N, E, top, taken", [
-    (1, 1, 1, 1), (9, 4, 2, 4), (200, 8, 3, 8), (200, 16, 2, 5), (64, 3, 1, 1), (500, 256, 8, 256), (7, 9, 9, 9)
-])  # fmt: skip
-def test_plan(N, E, top, taken):
+SIZES = [  # N, E, top, taken, offset
+    (1, 1, 1, 1, 0), (1, 4, 2, 4, 0), (9, 4, 2, 4, 1), (200, 8, 3, 8, 0), (700, 8, 3, 8, 0), (200, 16, 2, 5, 0),
+    (64, 3, 1, 1, 0), (1200, 3, 1, 1, 0), (66, 256, 8, 256, 0), (500, 256, 8, 256, 0), (7, 9, 9, 9, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("N, E, top, taken, offset", SIZES)
+def test_plan(N, E, top, taken, offset):
     """Every assignment has a row of its own in a tile of its expert, in the tokens' order; the rest is padding."""
     rng = np.random.default_rng(N)
     allowed = rng.permutation(E)[:taken]  # the other experts have no tokens
@@ -46,10 +50,7 @@ def test_plan(N, E, top, taken):
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize("N, E, top, taken, offset", [
-    (1, 1, 1, 1, 0), (1, 4, 2, 4, 0), (9, 4, 2, 4, 1), (700, 8, 3, 8, 0), (200, 16, 2, 5, 0), (1200, 3, 1, 1, 0),
-    (66, 256, 8, 256, 0), (7, 9, 9, 9, 0),
-])  # fmt: skip
+@pytest.mark.parametrize("N, E, top, taken, offset", SIZES)
 def test_plan_on_cuda(runtime, N, E, top, taken, offset):
     """The same integers as the counting sort on the CPU; some experts have no tokens."""
     rng = np.random.default_rng(N)

@@ -6,8 +6,12 @@ from check_op import check_gradients, check_twin, nan, place, rounded
 
 from kernels import cpu, cuda
 
+SIZES = [  # N, V, Vp
+    (1, 3, 3), (6, 11, 16), (40, 50257, 50304), (1, 1, 4), (3, 5, 8), (2, 510, 512), (2, 3001, 3001), (4, 1000, 1003),
+]  # fmt: skip
 
-@pytest.mark.parametrize("N, V, Vp", [(1, 3, 3), (6, 11, 16), (40, 50257, 50304)])
+
+@pytest.mark.parametrize("N, V, Vp", SIZES)
 def test_fused_classifier(N, V, Vp):
     targets, dloss = np.random.default_rng(7).integers(0, V, N), 1 / N
     grads = {}
@@ -38,7 +42,7 @@ def test_fused_classifier_of_equal_logits_is_log_V():
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize("N, V, Vp", [(1, 1, 4), (3, 5, 8), (2, 510, 512), (2, 3001, 3001), (4, 1000, 1003)])
+@pytest.mark.parametrize("N, V, Vp", SIZES)
 def test_fused_classifier_on_cuda(runtime, N, V, Vp):
     logits, targets = 5 * rounded(N, Vp), np.random.default_rng(1).integers(0, V, N).astype(np.int32)
     logits[:, V:] = np.inf  # padding may hold anything

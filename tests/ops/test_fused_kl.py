@@ -7,9 +7,13 @@ from selected_keys import INF
 
 from kernels import cpu
 
+SIZES = [  # B, R, S, first, offset
+    (1, 1, 2, 1, 0), (2, 9, 14, 5, 0), (1, 10, 132, 3, 1), (3, 7, 128, 0, 0), (1, 70, 1000, 30, 0),
+]  # fmt: skip
 
-@pytest.mark.parametrize("B, R, S, first", [(1, 1, 2, 1), (2, 9, 14, 5), (1, 70, 1000, 30)])
-def test_fused_kl(B, R, S, first):
+
+@pytest.mark.parametrize("B, R, S, first, offset", SIZES)
+def test_fused_kl(B, R, S, first, offset):
     rng = np.random.default_rng(6)
     p = rng.random((B, R, S)) * (rng.random((B, R, S)) < 0.7)  # zeros; the gradient holds for any sum
     hidden = (rng.random((B, R, S)) < 0.3) & (np.arange(S) > 0)
@@ -50,9 +54,7 @@ def test_kl_of_equal_distributions_and_of_one_key():
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize(
-    "B, R, S, first, offset", [(1, 1, 2, 1, 0), (2, 9, 14, 5, 0), (1, 10, 132, 3, 1), (3, 7, 128, 0, 0)]
-)
+@pytest.mark.parametrize("B, R, S, first, offset", SIZES)
 def test_fused_kl_on_cuda(runtime, B, R, S, first, offset):
     rng = np.random.default_rng(6)
     scores, p = 3 * rounded(B, R, S), rng.random((B, R, S)).astype("f").astype("d")

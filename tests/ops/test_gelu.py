@@ -2,24 +2,17 @@
 
 import numpy as np
 import pytest
-from check_op import TOL, check_gradients, check_twin, nan, place, relative, rounded
+from check_op import TOL, check_op, check_twin, nan, place, relative, rounded
 
 from kernels import cpu, cuda
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 36), (300, 1024)])  # the last one is several blocks
-def test_gelu(shape):
-    def forward(inp):
-        out = np.empty_like(inp)
-        cpu.gelu_forward(out, inp)
-        return (out,)
-
-    def backward(dout, saved, inp):
-        dinp = np.empty_like(inp)
-        cpu.gelu_backward(dinp, inp, dout)
-        return dict(inp=dinp)
-
-    check_gradients(forward, backward, inp=shape)
+@pytest.mark.parametrize("shape, offset", [
+    ((1, 1), 0), ((7, 36), 0), ((300, 1024), 0), ((1,), 0), ((4,), 0), ((1027,), 0), ((64,), 1), ((63,), 3),
+])  # fmt: skip
+def test_gelu(device, shape, offset):
+    """On the CPU (300, 1024) is several blocks."""
+    check_op(device, "gelu", dict(out=shape), (), offset, inp=shape)
 
 
 def test_gelu_values():
@@ -37,10 +30,9 @@ def test_gelu_values():
 
 
 @pytest.mark.parametrize("n, offset", [(1, 0), (4, 0), (1027, 0), (64, 1), (63, 3)])
-def test_gelu_on_cuda(runtime, n, offset):
-    inp, dout = 3 * rounded(n), rounded(n, seed=1)
-    check_twin(runtime, "gelu_forward", nan(n), inp, offset=offset)
-    check_twin(runtime, "gelu_backward", nan(n), inp, dout, offset=offset)
+def test_gelu_of_larger_values(runtime, n, offset):
+    check_twin(runtime, "gelu_forward", nan(n), 3 * rounded(n), offset=offset)
+    check_twin(runtime, "gelu_backward", nan(n), 3 * rounded(n), rounded(n, seed=1), offset=offset)
 
 
 def test_gelu_in_place(runtime):

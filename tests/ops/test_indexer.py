@@ -45,11 +45,15 @@ def scores_of(q, k, w, R):
     return scores
 
 
-SIZES = [(1, 1, 5, 1, 0, 1), (2, 20, 3, 5, 0, 7), (2, 13, 4, 4, 1, 13), (1, 200, 2, 3, 0, 128)]
+SIZES = [  # B, T, HI, dI, own, R, offset; tiles are 64 wide, ranges of keys 256
+    (1, 1, 5, 1, 0, 1, 0), (2, 20, 3, 5, 0, 7, 0), (2, 13, 4, 4, 1, 13, 0), (1, 200, 2, 3, 0, 128, 0),
+    (1, 1, 1, 1, 0, 1, 0), (2, 9, 3, 5, 0, 4, 0), (1, 70, 4, 8, 0, 64, 0), (1, 70, 2, 4, 1, 64, 1),
+    (2, 13, 5, 4, 1, 5, 0), (1, 66, 1, 70, 0, 33, 0), (1, 5, 2, 68, 1, 5, 0),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("B, T, HI, dI, own, R", SIZES)
-def test_scores(B, T, HI, dI, own, R):
+@pytest.mark.parametrize("B, T, HI, dI, own, R, offset", SIZES)
+def test_scores(B, T, HI, dI, own, R, offset):
     def forward(q, k, w):
         scores = scores_of(q, k, w, R)
         assert np.array_equal(scores == -INF, np.broadcast_to(np.tri(T) == 0, scores.shape))
@@ -58,7 +62,7 @@ def test_scores(B, T, HI, dI, own, R):
     def backward(dout, saved, q, k, w):
         dq, dw, dk = np.full_like(q, np.nan), np.full_like(w, np.nan), np.zeros_like(k)
         for first, end in reversed(blocks_of_rows(T, R)):
-            dscores = np.ascontiguousarray(dout[:, first:end, :end])
+            dscores = dout[:, first:end, :end].copy()
             dscores[:, np.tri(end - first, end, first) == 0] = np.nan  # counts as 0
             cpu.indexer_scores_backward(dq, dk, dw, dscores, q, k, w, SCALE, first)
         return dict(q=dq, k=dk, w=dw)
@@ -185,20 +189,16 @@ def test_learning_from_the_divergence():
 # ----------------------------------------------------------------------------------------------------------------------
 # on CUDA: the emulator, and a GPU if there is one
 
-# B, T, HI, dI, own keys, offset; tiles are 64 wide, ranges of keys 256
-CUDA_SIZES = [
-    (1, 1, 1, 1, 0, 0), (2, 9, 3, 5, 0, 0), (1, 70, 4, 8, 0, 0), (1, 70, 2, 4, 1, 1), (2, 13, 5, 4, 1, 0),
-    (1, 66, 1, 70, 0, 0), (1, 5, 2, 68, 1, 0),
-]  # fmt: skip
-
 
 def rounded_inputs(B, T, HI, dI, own):
     return rounded(B, T, HI * dI), rounded(B, T, HI * dI if own else dI, seed=1), rounded(B, T, HI, seed=2)
 
 
-@pytest.mark.parametrize("B, T, HI, dI, own, offset", CUDA_SIZES)
-def test_scores_on_cuda(runtime, B, T, HI, dI, own, offset):
+@pytest.mark.parametrize("B, T, HI, dI, own, R, offset", SIZES)
+def test_scores_on_cuda(runtime, B, T, HI, dI, own, R, offset):
     q, k, w = rounded_inputs(B, T, HI, dI, own)
+    for first, end in blocks_of_rows(T, R):
+        check_scores(runtime, "indexer_scores_forward", nan(B, end - first, end), q, k, w, SCALE, first, offset=offset)
     for first in {0, T // 3, T - 1}:
         R = T - first
         for S in {T, first + R}:
@@ -222,8 +222,8 @@ def test_scores_of_a_block_in_the_middle(runtime):
     check_twin(runtime, "indexer_scores_backward", *args, q, k, w, SCALE, first)
 
 
-@pytest.mark.parametrize("B, T, HI, dI, own, offset", CUDA_SIZES)
-def test_gathered_on_cuda(runtime, B, T, HI, dI, own, offset):
+@pytest.mark.parametrize("B, T, HI, dI, own, R, offset", SIZES)
+def test_gathered_on_cuda(runtime, B, T, HI, dI, own, R, offset):
     check_gathered(runtime, B, T, HI, dI, own, offset, [(1, 0), (min(T, 11), 0), (min(T, 40), 1)])
 
 

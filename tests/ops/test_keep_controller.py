@@ -26,8 +26,13 @@ def forward(features, w1, b1, w2, b2, most=10**6, block=None):
     return keep, kappa, hidden
 
 
-@pytest.mark.parametrize("B, T", [(1, 1), (2, 33), (3, 70)])
-def test_keep_controller(B, T):
+SIZES = [  # B, T, offset
+    (1, 1, 0), (2, 33, 0), (3, 70, 0), (3, 128, 1), (2, 129, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("B, T, offset", SIZES)
+def test_keep_controller(B, T, offset):
     """Gradients of the mean loss, by finite differences; rows of the first token count too."""
     rng = np.random.default_rng(4)
     features, dscale = rng.standard_normal((B, T, FEATURES)), 1 / (B * T)
@@ -180,7 +185,7 @@ def test_keep_is_rounded_half_to_even_and_limited_on_cuda(runtime):
         assert runtime.to_host(keep)[0].tolist() == twin[0].tolist() == expected
 
 
-@pytest.mark.parametrize("B, T, offset", [(1, 1, 0), (2, 33, 0), (3, 128, 1), (2, 129, 0)])
+@pytest.mark.parametrize("B, T, offset", SIZES)
 def test_keep_controller_backward(runtime, B, T, offset):
     rng = np.random.default_rng(1)
     features, (w1, b1, w2, b2) = rounded(B, T, 5), as_double(weights())

@@ -2,25 +2,17 @@
 
 import numpy as np
 import pytest
-from check_op import TOL, check_gradients, check_twin, nan, place, relative, rounded
+from check_op import TOL, check_op, nan, place, relative, rounded
 
 from kernels import cpu
 from kernels.cuda.gpt2.matmul import LADDER, matmul_forward_by_hand
 
 
-@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600)])
-def test_matmul(N, C, OC):
-    def forward(inp, weight, bias):
-        out = np.empty((N, OC), inp.dtype)
-        cpu.matmul_forward(out, inp, weight, bias)
-        return (out,)
-
-    def backward(dout, saved, inp, weight, bias):
-        dinp, dweight, dbias = np.full_like(inp, np.nan), np.full_like(weight, np.nan), np.zeros_like(bias)
-        cpu.matmul_backward(dinp, dweight, dbias, dout, inp, weight)
-        return dict(inp=dinp, weight=dweight, bias=dbias)
-
-    check_gradients(forward, backward, inp=(N, C), weight=(OC, C), bias=(OC,))
+@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
+def test_matmul(device, N, C, OC):
+    for beta, adds in ((0, ("dbias",)), (1, ("dbias", "dweight"))):
+        check_op(device, "matmul", dict(out=(N, OC)), adds, inp=(N, C), weight=(OC, C), bias=(OC,), beta=beta)
+    check_op(device, "matmul", dict(out=(N, OC)), inp=(N, C), weight=(OC, C), bias=None)
 
 
 def test_matmul_beta_adds_to_the_gradient():
@@ -36,17 +28,6 @@ def test_matmul_beta_adds_to_the_gradient():
 
 # ----------------------------------------------------------------------------------------------------------------------
 # on CUDA: the emulator, and a GPU if there is one
-
-
-@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
-def test_matmul_on_cuda(runtime, N, C, OC):
-    inp, weight, bias, dout = rounded(N, C), rounded(OC, C), rounded(OC), rounded(N, OC)
-    check_twin(runtime, "matmul_forward", nan(N, OC), inp, weight, bias)
-    check_twin(runtime, "matmul_forward", nan(N, OC), inp, weight, None)
-    for beta in (0, 1):
-        dweight = weight if beta else nan(OC, C)
-        check_twin(runtime, "matmul_backward", nan(N, C), dweight, bias, dout, inp, weight, beta)
-    check_twin(runtime, "matmul_backward", nan(N, C), nan(OC, C), None, dout, inp, weight)
 
 
 @pytest.mark.parametrize("version", LADDER)

@@ -28,10 +28,15 @@ def qkv_of(q, kv, kva, B, T, NH, R, start=0):
     return qkv
 
 
-@pytest.mark.parametrize("B, T, NH, hs, R", SHAPES)
-def test_mla_qkv(B, T, NH, hs, R):
-    kv_rank = 3
+SIZES = [  # B, T, NH, hs, R, kv_rank, start, offset
+    (1, 1, 1, 2, 2, 1, 0, 0), (2, 5, 3, 5, 4, 3, 0, 0), (2, 5, 3, 5, 4, 7, 0, 0), (1, 7, 2, 8, 2, 3, 0, 0),
+    (3, 4, 2, 4, 4, 3, 0, 0), (2, 9, 2, 16, 8, 12, 0, 0), (1, 3, 2, 16, 8, 12, 900, 1), (1, 7, 2, 8, 8, 4, 0, 0),
+    (1, 2, 12, 64, 32, 128, 5, 0), (1, 4, 2, 8, 2, 4, 1, 0),
+]  # fmt: skip
 
+
+@pytest.mark.parametrize("B, T, NH, hs, R, kv_rank, start, offset", SIZES)
+def test_mla_qkv(B, T, NH, hs, R, kv_rank, start, offset):
     def forward(q, kv, kva):
         return (qkv_of(q, kv, kva, B, T, NH, R),)
 
@@ -201,10 +206,7 @@ def test_absorbed_equals_expanded(T, NH, hs, R, kv_rank, listed):
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize("B, T, NH, hs, R, kv_rank, start, offset", [
-    (1, 1, 1, 2, 2, 1, 0, 0), (2, 5, 3, 5, 4, 7, 0, 0), (2, 9, 2, 16, 8, 12, 0, 0), (1, 3, 2, 16, 8, 12, 900, 1),
-    (1, 7, 2, 8, 8, 4, 0, 0), (1, 2, 12, 64, 32, 128, 5, 0), (1, 4, 2, 8, 2, 4, 1, 0),
-])  # fmt: skip
+@pytest.mark.parametrize("B, T, NH, hs, R, kv_rank, start, offset", SIZES)
 def test_mla_qkv_on_cuda(runtime, B, T, NH, hs, R, kv_rank, start, offset):
     N, C = B * T, NH * hs
     widths = C, NH * (2 * hs - R), kv_rank + R

@@ -19,7 +19,12 @@ def random_by_hand(seed, t, s):
     return (mix((mix((mix(seed) + t) % 2**32) + 0x9E3779B1 * s) % 2**32) >> 8) / 2**24
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**31 + 5, 2**32 - 1])
+SEEDS = [
+    0, 7, 2**31 + 5, 2**32 - 1,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_scores(seed):
     T = 300
     scores = np.full((2, T, T), np.nan, "f")
@@ -42,7 +47,7 @@ def test_random_scores(seed):
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize("seed", [0, 2**31 + 5, 2**32 - 1])
+@pytest.mark.parametrize("seed", SEEDS)
 def test_random_scores_on_cuda(runtime, seed):
     for B, R, S, first in ((2, 3, 300, 290), (1, 1, 1, 0), (2, 5, 7, 2)):
         expected = np.empty((B, R, S), "f")

@@ -1,15 +1,14 @@
 """The residual sum."""
 
 import pytest
-from check_op import check_twin, nan, place, relative, rounded
+from check_op import check_op, place, relative, rounded
 
 from kernels import cuda
 
 
 @pytest.mark.parametrize("n, offset", [(1, 0), (4, 0), (1027, 0), (64, 1), (63, 3)])
-def test_residual(runtime, n, offset):
-    inp, dout = 3 * rounded(n), rounded(n, seed=1)
-    check_twin(runtime, "residual_forward", nan(n), inp, dout, offset=offset)
+def test_residual(device, n, offset):
+    check_op(device, "residual", dict(out=(n,)), (), offset, inp1=(n,), inp2=(n,))
 
 
 def test_residual_in_place(runtime):

@@ -7,9 +7,14 @@ from check_op import check_gradients, check_twin, nan, rounded
 from kernels import cpu, cuda
 from llmc.errors import UserError
 
+SIZES = [  # N, C, extra, offset
+    (1, 2, 0, 0), (7, 36, 4, 0), (9, 50, 3, 0), (64, 64, 16, 0), (33, 768, 0, 0), (5, 64, 16, 1), (600, 16, 2, 0),
+    (2, 1030, 0, 0), (3, 2048, 64, 0), (1500, 512, 3, 0),  # the last one is two blocks on the CPU
+]  # fmt: skip
 
-@pytest.mark.parametrize("N, C, extra", [(1, 2, 0), (7, 36, 4), (64, 64, 16), (1500, 512, 3)])  # the last is two blocks
-def test_rmsnorm(N, C, extra):
+
+@pytest.mark.parametrize("N, C, extra, offset", SIZES)
+def test_rmsnorm(N, C, extra, offset):
     """The first C of C + extra columns; dinp's other columns keep what they hold."""
 
     def forward(inp, weight):
@@ -39,10 +44,7 @@ def test_rmsnorm_values():
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize("N, C, extra, offset", [
-    (1, 2, 0, 0), (7, 36, 4, 0), (9, 50, 3, 0), (33, 768, 0, 0), (5, 64, 16, 1), (600, 16, 2, 0), (2, 1030, 0, 0),
-    (3, 2048, 64, 0),
-])  # fmt: skip
+@pytest.mark.parametrize("N, C, extra, offset", SIZES)
 def test_rmsnorm_on_cuda(runtime, N, C, extra, offset):
     inp, weight, dout = rounded(N, C + extra), rounded(C, seed=1), rounded(N, C, seed=2)
     check_twin(runtime, "rmsnorm_forward", nan(N, C), nan(N), inp, weight, offset=offset)

@@ -7,15 +7,20 @@ from selected_keys import INF
 
 from kernels import cpu
 
+SIZES = [  # B, R, S, first, offset
+    (1, 1, 1, 0, 0), (2, 1, 1, 0, 0), (2, 20, 20, 0, 0), (2, 7, 25, 13, 0), (2, 9, 14, 5, 0), (1, 10, 132, 90, 1),
+    (1, 40, 40, 0, 0),
+]  # fmt: skip
 
-@pytest.mark.parametrize("first, R, S", [(0, 1, 1), (0, 20, 20), (13, 7, 25)])
-def test_row_entropy(first, R, S):
-    x = 2 * np.random.default_rng(8).standard_normal((2, R, S))
+
+@pytest.mark.parametrize("B, R, S, first, offset", SIZES)
+def test_row_entropy(B, R, S, first, offset):
+    x = 2 * np.random.default_rng(8).standard_normal((B, R, S))
     x[:, np.tri(R, S, first) == 0] = np.nan  # not looked at
-    x[1, R // 2, 0] = -INF if R > 1 else 0
-    entropy = np.full((2, R + 1), np.nan)
+    x[B - 1, R // 2, 0] = -INF if R > 1 else 0
+    entropy = np.full((B, R + 1), np.nan)
     cpu.row_entropy(entropy, x, first, first - 1)
-    for b, r in np.ndindex(2, R):
+    for b, r in np.ndindex(B, R):
         e = np.exp(x[b, r, : first + r + 1])
         q = e[e > 0] / e.sum()
         expected = -(q * np.log(q)).sum() / np.log(first + r + 1) if first + r else 0
@@ -37,9 +42,7 @@ def test_entropy_is_1_of_equals_and_0_of_a_peak():
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize(
-    "B, R, S, first, offset", [(1, 1, 1, 0, 0), (2, 9, 14, 5, 0), (1, 10, 132, 90, 1), (1, 40, 40, 0, 0)]
-)
+@pytest.mark.parametrize("B, R, S, first, offset", SIZES)
 def test_row_entropy_on_cuda(runtime, B, R, S, first, offset):
     scores = 2 * rounded(B, R, S)
     scores[:, R // 2, 0] = -INF if first else 0

@@ -2,23 +2,17 @@
 
 import numpy as np
 import pytest
-from check_op import check_gradients, check_twin, nan, rounded
+from check_op import check_op, check_twin, nan, rounded
 
 from kernels import cpu, cuda
 
 
-def test_silu():
-    def forward(inp):
-        out = np.empty_like(inp)
-        cpu.silu_forward(out, inp)
-        return (out,)
+@pytest.mark.parametrize("shape, offset", [((3, 50), 0), ((1,), 0), ((7, 9), 0), ((4, 256), 0), ((5, 50), 1)])
+def test_silu(device, shape, offset):
+    check_op(device, "silu", dict(out=shape), (), offset, inp=shape)
 
-    def backward(dout, saved, inp):
-        dinp = np.empty_like(inp)
-        cpu.silu_backward(dinp, inp, dout)
-        return dict(inp=dinp)
 
-    check_gradients(forward, backward, inp=(3, 50))
+def test_silu_far_from_zero():
     far = np.array([-1e4, -200, -0.0, 200, 1e4], np.float32)
     out = far.copy()
     with np.errstate(all="raise"):
@@ -33,7 +27,7 @@ def test_silu():
 
 
 @pytest.mark.parametrize("shape, offset", [((1,), 0), ((7, 9), 0), ((4, 256), 0), ((5, 50), 1)])
-def test_silu_on_cuda(runtime, shape, offset):
+def test_silu_of_larger_values(runtime, shape, offset):
     inp = rounded(*shape) * 5
     check_twin(runtime, "silu_forward", nan(*shape), inp, offset=offset)
     check_twin(runtime, "silu_backward", nan(*shape), inp, rounded(*shape, seed=1), offset=offset)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from check_op import check_gradients, check_twin, nan, place, relative, rounded
+from check_op import check_op, check_twin, nan, place, relative, rounded
 from selected_keys import lists
 
 from kernels import cpu, cuda
@@ -13,10 +13,14 @@ from llmc.errors import UserError
 FORMS = ("masked", "gathered")
 
 
+def use_form(monkeypatch, form: str) -> None:
+    """Has the CPU's ops use one form, whatever the sizes."""
+    monkeypatch.setattr(sparse_attention, "_gathers", lambda *sizes, **which: form == "gathered")
+
+
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch) -> str:
-    """Has the ops use one form, whatever the sizes."""
-    monkeypatch.setattr(sparse_attention, "_gathers", lambda *sizes, **which: request.param == "gathered")
+    use_form(monkeypatch, request.param)
     return request.param
 
 
@@ -44,21 +48,22 @@ def plain_probabilities(qkv, index, NH, start=0):
     return weights / weights.sum(axis=3, keepdims=True)
 
 
-SIZES = [(1, 1, 1, 4, 1), (2, 5, 3, 4, 3), (2, 64, 2, 8, 64), (1, 150, 3, 5, 9)]
+# B, T, NH, hs, K, offset
+SIZES = [
+    (1, 1, 1, 4, 1, 0), (2, 5, 3, 4, 3, 0), (2, 64, 2, 8, 64, 0), (1, 150, 3, 5, 9, 0), (1, 1, 1, 1, 1, 0),
+    (2, 7, 3, 4, 3, 0), (1, 70, 2, 5, 33, 0), (1, 33, 1, 128, 9, 0), (1, 18, 2, 64, 18, 0), (2, 20, 2, 8, 20, 1),
+    (1, 9, 1, 80, 4, 3),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("future", [False, True])
-@pytest.mark.parametrize("B, T, NH, hs, K", SIZES)
-def test_gradients(form, B, T, NH, hs, K, future):
+@pytest.mark.parametrize("B, T, NH, hs, K, offset", SIZES)
+def test_sparse_attention(device, monkeypatch, B, T, NH, hs, K, offset, future):
     index, count = lists(B, T, K, future=future)
-
-    def there(qkv):
-        return forward(qkv, index, count, NH)
-
-    def back(dout, saved, qkv):
-        return dict(qkv=backward(dout, *saved, qkv, index, count, NH))
-
-    check_gradients(there, back, qkv=(B, T, 3 * NH * hs))
+    outs, given = dict(out=(B * T, NH * hs), lse=(B, NH, T)), dict(index=index, count=count, NH=NH)
+    for form in FORMS if device is cpu else FORMS[:1]:
+        use_form(monkeypatch, form)
+        check_op(device, "sparse_attention", outs, (), offset, qkv=(B, T, 3 * NH * hs), **given)
 
 
 @pytest.mark.parametrize("future", [False, True])
@@ -204,18 +209,12 @@ def test_few_keys_are_gathered(T, C, NH, K, gathers):
 # on CUDA: the emulator, and a GPU if there is one
 
 
-@pytest.mark.parametrize("B, T, NH, hs, K, future, offset", [
-    (1, 1, 1, 1, 1, False, 0), (2, 7, 3, 4, 3, True, 0), (1, 70, 2, 5, 33, False, 0), (1, 33, 1, 128, 9, False, 0),
-    (1, 18, 2, 64, 18, True, 0), (2, 20, 2, 8, 20, False, 1), (1, 9, 1, 80, 4, False, 3),
-])  # fmt: skip
-def test_sparse_attention(runtime, B, T, NH, hs, K, future, offset):
-    C = NH * hs
+@pytest.mark.parametrize("future", [False, True])
+@pytest.mark.parametrize("B, T, NH, hs, K, offset", SIZES)
+def test_mean_and_the_last_queries(runtime, B, T, NH, hs, K, offset, future):
+    C, (index, count) = NH * hs, lists(B, T, K, future=future)
     qkv, out, lse = rounded(B, T, 3 * C), nan(B * T, C), nan(B, NH, T)
-    index, count = lists(B, T, K, future=future)
-    check_twin(runtime, "sparse_attention_forward", out, lse, qkv, index, count, NH, offset=offset)
     cpu.sparse_attention_forward(out, lse, qkv, index, count, NH)
-    args = nan(B, T, 3 * C), rounded(B * T, C), qkv, out, lse, index, count, NH
-    check_twin(runtime, "sparse_attention_backward", *args, offset=offset)
     check_twin(runtime, "sparse_attention_mean", nan(B, T, K), qkv, lse, index, count, NH, offset=offset)
     for start in {T - 1, T // 2}:
         index, count = lists(B, T, K, start, future)

@@ -13,11 +13,16 @@ def inputs(B, T, NH, D, hd, seed=0, dtype=np.float64):
     return qkv.astype(dtype), rng.normal(2, 1, NH).astype(dtype), rng.normal(2, 1, NH).astype(dtype)
 
 
+SIZES = [  # B, T, NH, D, hd, P, start, offset
+    (2, 5, 2, 2, 4, 8, 0, 0), (1, 9, 1, 1, 6, 4, 3, 0), (1, 3, 3, 4, 8, 100, 700, 0), (1, 1, 1, 1, 4, 1, 0, 0),
+    (2, 9, 3, 2, 8, 4, 0, 0), (1, 5, 2, 4, 6, 100, 50, 0), (2, 7, 1, 3, 4, 12, 3, 1),
+    (1, 3, 2, 2, 32, 1024, 100_000, 0),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["int", "upstream", "orth"])
-@pytest.mark.parametrize(
-    "B, T, NH, D, hd, P, start", [(2, 5, 2, 2, 4, 8, 0), (1, 9, 1, 1, 6, 4, 3), (1, 3, 3, 4, 8, 100, 700)]
-)
-def test_rotation_by_its_formula_and_back(kind, B, T, NH, D, hd, P, start):
+@pytest.mark.parametrize("B, T, NH, D, hd, P, start, offset", SIZES)
+def test_rotation_by_its_formula_and_back(B, T, NH, D, hd, P, start, offset, kind):
     qkv = inputs(B, T, NH, D, hd)[0]
     w, f = cpu.torus_frequencies(kind, hd, D, P)
     turned = qkv.copy()
@@ -71,11 +76,8 @@ def test_frequencies_that_do_not_exist(kind, hd):
 
 
 @pytest.mark.parametrize("kind", ["int", "upstream", "orth"])
-@pytest.mark.parametrize("B, T, NH, D, hd, P, start, offset", [
-    (1, 1, 1, 1, 4, 1, 0, 0), (2, 9, 3, 2, 8, 4, 0, 0), (1, 5, 2, 4, 6, 100, 50, 0), (2, 7, 1, 3, 4, 12, 3, 1),
-    (1, 3, 2, 2, 32, 1024, 100_000, 0),
-])  # fmt: skip
-def test_torus_rope(runtime, kind, B, T, NH, D, hd, P, start, offset):
+@pytest.mark.parametrize("B, T, NH, D, hd, P, start, offset", SIZES)
+def test_torus_rope(runtime, B, T, NH, D, hd, P, start, offset, kind):
     w, f = (x.astype(np.float32).astype(np.float64) for x in cpu.torus_frequencies(kind, hd, D, P))
     for op in ("torus_rope_forward", "torus_rope_backward"):
         check_twin(runtime, op, rounded(B, T, 3 * NH * D * hd), w, f, NH, D, P, start, offset=offset, tol=1e-6)
