@@ -15,6 +15,8 @@ import train_toroidal
 from kernels import cuda
 from llmc.checkpoint import named_views
 
+pytestmark = pytest.mark.launches("gpt2", "torus")
+
 TOL = 2e-5  # of float32 on two devices, relative to the largest value
 
 
