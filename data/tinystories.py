@@ -42,6 +42,7 @@ URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyS
 DISK_BYTES = 10_000_000_000  # archive 1.5 GB, JSON about 6 GB, tokens 1.9 GB
 SEED = 1337
 FOLDER = Path(__file__).resolve().parent / "tinystories"
+held: list[int] = []  # signals that came while a worker was started
 FEWER = "run again with --workers 1: each takes 0.5 GB of memory"
 
 
@@ -110,25 +111,31 @@ def shard_tokens(path: Path, place: int) -> np.ndarray:
     return np.concatenate([np.array([eot, *encode_ordinary(encoding, story)], np.uint16) for story in stories])
 
 
+def stopping_signals() -> list[int]:
+    """SIGINT and SIGTERM, without one that the caller ignores (nohup, a shell's background job)."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait while the block runs, where the system can."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    """Let SIGINT and SIGTERM wait till the block ends: no worker is started that the parent does not know of.
+
+    Not by pthread_sigmask: another thread, BLAS has some, would take the signal, and the main thread sleep on.
+    """
+    before = {number: signal.signal(number, lambda number, _: held.append(number)) for number in stopping_signals()}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        while held:
+            signal.raise_signal(held.pop())
 
 
 def end_silently() -> None:
     """Let SIGINT and SIGTERM end a worker at once and without a word: the parent reports."""
-    for number in SIGNALS:
+    for number in stopping_signals():
         signal.signal(number, signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # that were held while the worker was started
 
 
 def work(receiver: Connection, sender: Connection, path: Path, place: int) -> None:
@@ -147,8 +154,7 @@ def start_worker(path: Path, place: int) -> tuple[Connection, BaseProcess]:
     """A process that works on one shard, and the end of a pipe that gives its tokens."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.Process(target=work, args=(receiver, sender, path, place), daemon=True)
-    with signals_held():  # in a worker the parent's handlers would unwind the parent's stack
-        process.start()
+    process.start()
     sender.close()  # then the worker's is the only one, and the pipe ends with it
     return receiver, process
 
@@ -185,8 +191,9 @@ def tokenised(shards: list[Path], workers: int) -> Iterator[np.ndarray]:
         for place in range(len(shards)):
             while place not in finished:
                 while len(running) < workers and started < min(len(shards), place + 2 * workers):
-                    receiver, process = start_worker(shards[started], started)
-                    running[receiver] = process, started
+                    with signals_held():
+                        receiver, process = start_worker(shards[started], started)
+                        running[receiver] = process, started
                     started += 1
                 for receiver in wait(list(running)):
                     process, of = running[receiver]
@@ -195,7 +202,7 @@ def tokenised(shards: list[Path], workers: int) -> Iterator[np.ndarray]:
             yield finished.pop(place)
     finally:
         for process, _ in running.values():
-            process.terminate()
+            process.kill()  # a process that was just forked forgets a SIGTERM, and there is nothing to tidy up in it
         for process, _ in running.values():
             process.join()
 
