@@ -1,6 +1,7 @@
 """What the text corpora share: documents -> tokens, with an EOT before each -> llm.c data files and tokenizer file."""
 
 import contextlib
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +76,11 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def typed(path: Path) -> str:
+    """`shown` for a command line: quoted where a shell needs that."""
+    return shlex.quote(str(shown(path)))
+
+
 def write_corpus(folder: Path, name: str, train: np.ndarray, val: np.ndarray) -> tuple[Path, Path]:
     """Write name_train.bin and name_val.bin into `folder`, print their sizes, return their paths.
 
@@ -112,7 +118,7 @@ def write_tokenizer(name: str, folder: Path) -> None:
 def print_next_commands(tokenizer: str, train: Path, val: Path) -> None:
     """What to type after preparing data: a model for its vocabulary, unless there is one, and the training run."""
     model, vocab = {"gpt2": ("model.bin", ""), "byte": ("byte.bin", "--vocab byte ")}[tokenizer]
-    commands = [f"python train_banded.py -e {model} -i {shown(train)} -j {shown(val)}"]
+    commands = [f"python train_banded.py -e {model} -i {typed(train)} -j {typed(val)}"]
     if not Path(model).exists():
         commands.insert(0, f"python data/create_model.py {vocab}-o {model}")
     for label, command in zip(("next", "then"), commands):

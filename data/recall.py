@@ -31,7 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
-from data.corpus import shown, write_corpus
+from data.corpus import typed, write_corpus
 from llmc.cli import ArgumentParser, positive_int, seed
 from llmc.dataloader import MAX_TOKENS
 from llmc.errors import UserError, run
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         for split, windows, hard_share in ((0, args.train_windows, 0.5), (1, args.val_windows, 1.0))
     )
     train_path, val_path = write_corpus(args.out_dir, "recall", train, val)
-    data = f"-i {shown(train_path)} -j {shown(val_path)}"
+    data = f"-i {typed(train_path)} -j {typed(val_path)}"
     print(f"next: python data/create_model.py --vocab {task.V} -C 64 -L 2 -H 4 -T {task.T} -o recall.bin")
     print(f"then: python train_sparse_attn.py --attention dense -e recall.bin {data} -b 32 -t {task.T} -l 3e-3")
 

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any folder
 
-from data.corpus import blamed_on, check_enough, make_folder, print_next_commands, shown, write_tokenizer
+from data.corpus import blamed_on, check_enough, make_folder, print_next_commands, shown, typed, write_tokenizer
 from data.download import download, require_space
 from llmc.cli import ArgumentParser, positive_int
 from llmc.dataloader import MAGIC, MAX_TOKENS, VERSION
@@ -240,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     shards = fetch_shards(args.out_dir)
     print(f"{len(shards)} shards in {shown(shards[0].parent)}")
     if args.download_only:
-        print("next: python data/tinystories.py")
+        folder = "" if args.out_dir == FOLDER else f" -o {typed(args.out_dir)}"
+        print(f"next: python data/tinystories.py{folder}")
         return
     paths = {split: args.out_dir / f"TinyStories_{split}.bin" for split in ("train", "val")}
     for split, members in (("val", shards[:1]), ("train", shards[1:])):

@@ -545,8 +545,9 @@ def test_tinystories(stories_url, workers, capsys):
     assert f"wrote stories/TinyStories_train.bin: {len(expected)} tokens\n" in capsys.readouterr().out
 
 
-def test_tinystories_download_only_then_offline(server, stories_url):
+def test_tinystories_download_only_then_offline(server, stories_url, capsys):
     tinystories.main(["-o", "stories", "--download-only"])
+    assert capsys.readouterr().out.endswith("next: python data/tinystories.py -o stories\n")
     assert sorted(os.listdir("stories")) == ["TinyStories_all_data", "TinyStories_all_data.tar.gz"]
     os.remove("stories/TinyStories_all_data.tar.gz")
     server.files.clear()
