@@ -93,16 +93,16 @@ class GPT2:
             "ln1": (N, C),
             "ln1_mean": (N,),
             "ln1_rstd": (N,),
-            "qkv": (B, start + T, 3 * C),
+            "qkv": (B, start + T, 3 * C),  # a decoder's old rows, too
             "atty": (N, C),
-            "lse": (B, NH, T),  # log of the sum of exp(scores) of a query
-            "residual2": (N, C),
+            "lse": (B, NH, T),  # log of the sum of exp(score) over a query's keys
+            "residual2": (N, C),  # behind attention
             "ln2": (N, C),
             "ln2_mean": (N,),
             "ln2_rstd": (N,),
             "fch": (N, 4 * C),
             "fch_gelu": (N, 4 * C),
-            "residual3": (N, C),
+            "residual3": (N, C),  # behind the MLP
         }
 
     def mask_weights(self):

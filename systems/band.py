@@ -74,59 +74,69 @@ def read_band(file: Model, path: str) -> Band:
 
 
 def choose_band(args: Namespace, typed: set[str], file: Model) -> Band:
-    """The bands of a run: what was typed, else the file's, else DEFAULT for FC1; the file's weights lie inside its own.
+    """The bands of a run: what was typed, else the file's, else DEFAULT for FC1.
 
-    typed: the names of the flags that were given. Scales the file's weights for --band-init fan-in.
+    typed: the names of the flags that were given. Scales the file's weights for --band-init fan-in. Raises UserError
+    for flags that do not go together, and for a banded file whose weights are not all in its bands.
     """
     check_trains(args.model, file, "train_banded.py")
     old = read_band(file, args.model)
     if args.resume:
-        flags = "no -w, -d, -1, -2, --mask-init, --band-init or --permute"
-        hint = f"for another band start a new run from its weights: -e {args.resume}"
-        refuse([(typed & (BY_W | BY_12 | INIT), f"--resume keeps the bands of the checkpoint: {flags}", hint)])
-    if typed & BY_12:
-        chosen = replace(old, fc1=args.fc1_bandwidth or 0, fc2=args.fc2_bandwidth or 0)
-    elif args.dense and not args.resume:
-        chosen = NO_BAND
-    elif args.bandwidth is not None and not args.resume:
-        chosen = replace(old, fc1=max(args.bandwidth, 1), fc2=0)  # -w 0 keeps the centres alone, and so does 1
-    elif file.kind == BANDED or args.resume:
         chosen = old
+    elif typed & BY_12:
+        chosen = replace(old, fc1=args.fc1_bandwidth or 0, fc2=args.fc2_bandwidth or 0)
+    elif args.dense:
+        chosen = NO_BAND
+    elif args.bandwidth is not None:
+        chosen = replace(old, fc1=max(args.bandwidth, 1), fc2=0)  # -w 0 keeps the centres alone, and so does 1
     else:
-        chosen = Band(fc1=DEFAULT)
+        chosen = old if file.kind == BANDED else Band(fc1=DEFAULT)
     if "permute" in typed or file.kind != BANDED:
         chosen = replace(chosen, permute=args.permute if chosen.fc1 else 0, generator="mersenne")
     scale = args.band_init == "fan-in" and not args.resume
-    refuse(
-        [
-            (
-                typed & BY_W and typed & BY_12,
-                "-w or -d given together with -1 or -2",
-                "-w N is -1 N -2 0: keep to one of the two",
-            ),
-            (
-                "permute" in typed and args.permute and not chosen.fc1,
-                "--permute: it is FC1's band that it moves, and FC1 is dense",
-                "add -w N or -1 N",
-            ),
-            (scale and chosen.dense, "--band-init fan-in: there is no band", "add -w N, -1 N or -2 N"),
-            (
-                scale and not args.mask_init,
-                "--band-init fan-in with --mask-init 0: the weights outside still count",
-                "leave one out",
-            ),
-        ]
-    )
+    refuse(problems(args, typed, old, chosen, scale))
     if (chosen.fc1, chosen.fc2) == (old.fc1, old.fc2):
         check_in_band(args.model, file, old)
     if scale:
-        if old.fan_in:
-            raise UserError(
-                f"--band-init fan-in: the weights of {args.model} are scaled to theirs already", "leave it out"
-            )
         scale_to_fan_in(file, chosen)
         chosen = replace(chosen, fan_in=True)
     return chosen
+
+
+def problems(args: Namespace, typed: set[str], old: Band, chosen: Band, scale: bool) -> list[tuple]:
+    """(condition, message, hint) of what does not go together."""
+    return [
+        (
+            args.resume and typed & (BY_W | BY_12 | INIT),
+            "--resume keeps the bands of the checkpoint: no -w, -d, -1, -2, --mask-init, --band-init or --permute",
+            f"for another band start a new run from its weights: -e {args.resume}",
+        ),
+        (
+            typed & BY_W and typed & BY_12,
+            "-w or -d given together with -1 or -2",
+            "-w N is -1 N -2 0: keep to one of the two",
+        ),
+        (
+            "permute" in typed and args.permute and not chosen.fc1,
+            "--permute: it is FC1's band that it moves, and FC1 is dense",
+            "add -w N or -1 N",
+        ),
+        (
+            scale and chosen.dense,
+            "--band-init fan-in: there is no band",
+            "add -w N, -1 N or -2 N",
+        ),
+        (
+            scale and not args.mask_init,
+            "--band-init fan-in with --mask-init 0: the weights outside still count",
+            "leave one out",
+        ),
+        (
+            scale and old.fan_in,
+            f"--band-init fan-in: the weights of {args.model} are scaled to theirs already",
+            "leave it out",
+        ),
+    ]
 
 
 def check_in_band(path: str, file: Model, band: Band) -> None:
