@@ -140,7 +140,7 @@ def test_band_init_scales_each_row_to_its_fan_in(train):
     done(train("-n 1 -c again.bin", model="c.bin"))  # scaled once is enough, and remembered
     done(train("--resume c.bin -n 3"))
     assert read_model("again.bin").fields[:3] == read_model("c.bin").fields[:3] == (9, 24, 1)
-    check_refused(train("-n 1 --band-init fan-in", model="c.bin"), "c.bin", "already")
+    check_refused(train("-n 1 --band-init fan-in", model="c.bin"), "c.bin", "already", code=2)
     check_refused(train("-w 9 -n 1 --band-init fan-in --mask-init 0"), "--band-init", "--mask-init", code=2)
     check_refused(train("--resume c.bin -n 4 --band-init fan-in"), "--resume", "--band-init", code=2)
     check_refused(train("-d 1 -n 1 --band-init fan-in"), "--band-init", "no band", code=2)
