@@ -43,6 +43,15 @@ def test_band_mask_leaves_plus_zero_and_the_band_untouched():
     assert not np.signbit(weight[0, 20, :4]).any()
 
 
+def test_a_band_in_another_order_of_the_hidden_units():
+    """Row j keeps what the diagonal keeps in row place[j]."""
+    place = np.array([5, 0, 7, 2, 6, 1, 4, 3], np.int32)
+    diagonal, moved = np.ones((2, 8, 2)), np.ones((2, 8, 2))
+    cpu.band_mask(diagonal, 4)
+    cpu.band_mask(moved, 4, place)
+    assert np.array_equal(moved, diagonal[:, place]) and not np.array_equal(moved, diagonal)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # on CUDA: the emulator, and a GPU if there is one
 
@@ -51,6 +60,8 @@ def test_band_mask_leaves_plus_zero_and_the_band_untouched():
 @pytest.mark.parametrize("bandwidth", [1, 2, 9, 64, 10**9])
 def test_band_mask(runtime, L, rows, columns, bandwidth):
     check_twin(runtime, "band_mask", rounded(L, rows, columns), bandwidth)
+    order = np.random.default_rng(1).permutation(rows).astype(np.int32)
+    check_twin(runtime, "band_mask", rounded(L, rows, columns), bandwidth, order)
     device = cuda.device(runtime)
     weight = runtime.to_device(np.ones((L, rows, columns), np.float32))
     device.band_mask(weight, bandwidth)
