@@ -4,6 +4,7 @@ import numpy as np
 from check_op import nan, rounded
 
 from kernels import cpu
+from kernels.cpu.deepseek.expert_plan import expert_rows
 
 
 def router(logits, top):
@@ -20,7 +21,7 @@ def router(logits, top):
 
 def plan(experts, E):
     """slot, source, tile_expert, load"""
-    rows, tile = cpu.expert_rows(*experts.shape, E)
+    rows, tile = expert_rows(*experts.shape, E)
     slot, source = np.full(experts.shape, 99, np.int32), np.full(rows, 99, np.int32)
     tile_expert, load = np.full(rows // tile, 99, np.int32), np.full(E, 99, np.int32)
     cpu.expert_plan(slot, source, tile_expert, load, experts)
@@ -41,7 +42,7 @@ def routed(N, E, top, seed=0):
 
 def planned(experts, E):
     """slot, source, tile_expert, load"""
-    rows, tile = cpu.expert_rows(*experts.shape, E)
+    rows, tile = expert_rows(*experts.shape, E)
     outs = whole(*experts.shape), whole(rows), whole(rows // tile), whole(E)
     cpu.expert_plan(*outs, experts)
     return outs

@@ -1,4 +1,4 @@
-"""AdamW, of all parameters and of a band alone."""
+"""AdamW."""
 
 import numpy as np
 import pytest
@@ -22,20 +22,6 @@ def test_adamw_follows_the_formula():
     assert relative(p, p2) < 1e-14 and relative(m, m2) < 1e-14 and relative(v, v2) < 1e-14
 
 
-@pytest.mark.parametrize("C, bandwidth", [(256, 64), (16, 8)])  # by blocks, and all at once
-@pytest.mark.parametrize("layer", ["FC1", "FC2"])
-def test_band_adamw_is_adamw(C, bandwidth, layer):
-    rng, shape = np.random.default_rng(11), (2, 4 * C, C) if layer == "FC1" else (2, C, 4 * C)
-    tensors = rng.standard_normal((4, *shape))
-    tensors[3] **= 2
-    for tensor in tensors:
-        cpu.band_mask(tensor, bandwidth)
-    banded, settings = tensors.copy(), (3, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5)
-    cpu.adamw_update(*tensors, *settings)
-    cpu.band_adamw_update(*banded, bandwidth, *settings)
-    assert banded.tobytes() == tensors.tobytes()
-
-
 def test_adamw_first_step_moves_by_lr():
     """m/c1 = g and sqrt(v/c2) = |g|: without decay the first update is lr, whatever the gradient's size."""
     p, g = np.zeros(4, "f"), np.array([1e-3, -5.0, 2e4, 0.0], "f")
@@ -53,12 +39,3 @@ def test_adamw(runtime, n, offset, decay, scale):
     for t in (1, 1000):
         args = t, 1e-2, 0.9, 0.999, 1e-8, decay, scale
         check_twin(runtime, "adamw_update", params, grads, m, v * v, *args, offset=offset)
-
-
-@pytest.mark.parametrize("L, rows, columns, bandwidth", [(2, 60, 15, 9), (2, 15, 60, 9), (1, 16, 4, 100)])
-def test_band_adamw(runtime, L, rows, columns, bandwidth):
-    arrays = [rounded(L, rows, columns, seed=seed) for seed in range(4)]
-    arrays[3] *= arrays[3]
-    for array in arrays:
-        cpu.band_mask(array, bandwidth)
-    check_twin(runtime, "band_adamw_update", *arrays, bandwidth, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.7)

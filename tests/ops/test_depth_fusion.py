@@ -6,6 +6,7 @@ from check_op import check_gradients, check_op, check_twin, nan, place, relative
 from test_fusion_matrix import MODES, matrix_of
 
 from kernels import cpu, cuda
+from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
 from kernels.cuda.torus import depth_fusion
 from llmc.errors import UserError
 
@@ -20,7 +21,7 @@ def fused(inp, omega, NH, depth_major=0):
 
 @pytest.mark.parametrize("depth_major", [0, 1])
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("name", cpu.FUSIONS)
+@pytest.mark.parametrize("name", FUSIONS)
 def test_gradients(name, D, depth_major):
     """inp and, where there are any, both factors; what was in dfirst and dsecond stays, dinp is overwritten."""
     mode, N, NH, hd = MODES[name], 5, 3, 2
@@ -105,7 +106,7 @@ def test_one_platter_returns_the_bits(dtype):
     """With every kind of zero and what is no number."""
     inp = np.array([[0.0, -0.0, 1e-42, np.inf], [-np.inf, np.nan, -3.5, 1 / 3]], dtype)
     for name in ("identity", "mean", "low_rank", "low_rank_residual", "attention"):
-        first, second = cpu.fusion_init(MODES[name], 1, 1, np.random.default_rng(3))
+        first, second = fusion_init(MODES[name], 1, 1, np.random.default_rng(3))
         out = fused(inp, matrix_of(MODES[name], 1, first, second, dtype), 2)
         assert out.tobytes() == inp.tobytes(), name
 
@@ -160,7 +161,7 @@ def test_identity_is_exact_on_cuda(runtime, D):
     device, inp = cuda.device(runtime), rounded(9, 48).astype(np.float32)
     inp[0, :3] = 0, -0.0, np.float32(1e-30)
     out, ours, omega = (place(runtime, x, 0) for x in (nan(9, 48), inp, nan(D, D)))
-    device.fusion_matrix_forward(omega, None, None, cpu.FUSIONS.index("identity"))
+    device.fusion_matrix_forward(omega, None, None, FUSIONS.index("identity"))
     device.depth_fusion_forward(out, ours, omega, 3)
     assert (runtime.to_host(out) == inp).all()
     assert D > 1 or runtime.to_host(out).tobytes() == inp.tobytes()

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 from routing import plan, planned, whole
 
-from kernels import cpu, cuda
+from kernels import cuda
+from kernels.cpu.deepseek.expert_plan import expert_rows
 
 
 @pytest.mark.parametrize(
     "N, top, E", [(1, 1, 1), (1, 2, 4), (3, 2, 4), (63, 1, 4), (64, 2, 4), (1000, 8, 256), (1024, 2, 4)]
 )
 def test_expert_rows_are_enough_for_any_choice(N, top, E):
-    rows, tile = cpu.expert_rows(N, top, E)
+    rows, tile = expert_rows(N, top, E)
     assert tile == min(64, 1 << (N.bit_length() - 1)) and rows % tile == 0
     load = np.zeros(E, int)  # the worst: as many experts as possible with one row more than whole tiles
     load[: min(E, N * top)] = 1
@@ -33,7 +34,7 @@ def test_plan(N, E, top, taken, offset):
     allowed = rng.permutation(E)[:taken]  # the other experts have no tokens
     experts = np.stack([rng.permutation(allowed)[:top] for _ in range(N)]).astype(np.int32)
     slot, source, tile_expert, load = plan(experts, E)
-    rows, tile = cpu.expert_rows(N, top, E)
+    rows, tile = expert_rows(N, top, E)
     assert load.tolist() == [int((experts == e).sum()) for e in range(E)]
     assert source[slot].tolist() == np.arange(N * top).reshape(N, top).tolist()
     assert (source >= 0).sum() == N * top and len(source) == rows
@@ -62,4 +63,4 @@ def test_plan_on_cuda(runtime, N, E, top, taken, offset):
     device.expert_plan(*ours, runtime.to_device(experts))
     for array, twin in zip(ours, expected):
         assert np.array_equal(runtime.to_host(array), twin)
-    assert device.expert_rows(N, top, E) == cpu.expert_rows(N, top, E)
+    assert device.expert_rows(N, top, E) == expert_rows(N, top, E)

@@ -5,8 +5,9 @@ import pytest
 from check_op import check_op, check_twin, nan, place, relative, rounded
 
 from kernels import cpu, cuda
+from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
 
-MODES = {name: mode for mode, name in enumerate(cpu.FUSIONS)}
+MODES = {name: mode for mode, name in enumerate(FUSIONS)}
 
 
 def matrix_of(mode, D, first=None, second=None, dtype=np.float64):
@@ -17,12 +18,12 @@ def matrix_of(mode, D, first=None, second=None, dtype=np.float64):
 
 def drawn(mode, D, rank, seed=0):
     """fusion_init's factors in float64."""
-    factors = cpu.fusion_init(mode, D, rank, np.random.default_rng(seed))
+    factors = fusion_init(mode, D, rank, np.random.default_rng(seed))
     return [None if factor is None else factor.astype(np.float64) for factor in factors]
 
 
 def test_names():
-    assert cpu.FUSIONS == ("identity", "mean", "low_rank", "low_rank_residual", "attention")
+    assert FUSIONS == ("identity", "mean", "low_rank", "low_rank_residual", "attention")
 
 
 @pytest.mark.parametrize("D, rank", [(1, 1), (2, 1), (2, 2), (4, 1), (4, 3), (8, 2), (8, 8)])
@@ -45,7 +46,7 @@ def test_low_rank_at_the_start(D, rank):
 
 def test_low_rank_of_one_platter_starts_as_exactly_one():
     for seed in range(20):  # half of the Gaussians are negative
-        first, second = cpu.fusion_init(MODES["low_rank"], 1, 1, np.random.default_rng(seed))
+        first, second = fusion_init(MODES["low_rank"], 1, 1, np.random.default_rng(seed))
         assert matrix_of(MODES["low_rank"], 1, first, second, np.float32).tolist() == [[1.0]]
 
 
@@ -63,7 +64,7 @@ def test_rows_of_attention_sum_to_one(D):
 def test_parameter_counts(D, rank):
     counts = {"identity": 0, "mean": 0, "low_rank": 2 * D * rank, "low_rank_residual": 2 * D * rank}
     for name, count in (counts | {"attention": 2 * D * D}).items():
-        factors = cpu.fusion_init(MODES[name], D, rank, np.random.default_rng(0))
+        factors = fusion_init(MODES[name], D, rank, np.random.default_rng(0))
         if count:
             assert sum(factor.size for factor in factors) == count
             assert all(factor.dtype == np.float32 and len(factor) == D for factor in factors)
@@ -76,7 +77,7 @@ def test_parameter_counts(D, rank):
 def test_a_rank_outside_1_to_D_is_refused(rank):
     for name in ("low_rank", "low_rank_residual"):
         with pytest.raises(ValueError, match=f"rank {rank} of a fusion of 4 platters, expected 1 to 4"):
-            cpu.fusion_init(MODES[name], 4, rank, np.random.default_rng(0))
+            fusion_init(MODES[name], 4, rank, np.random.default_rng(0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -84,9 +85,9 @@ def test_a_rank_outside_1_to_D_is_refused(rank):
 
 
 @pytest.mark.parametrize("D, rank", [(1, 1), (2, 1), (5, 3), (8, 8), (33, 2), (128, 32)])
-@pytest.mark.parametrize("name", cpu.FUSIONS)
+@pytest.mark.parametrize("name", FUSIONS)
 def test_fusion_matrix(device, name, D, rank):
-    mode = cpu.FUSIONS.index(name)
+    mode = FUSIONS.index(name)
     width = {"attention": D, "low_rank": rank, "low_rank_residual": rank}.get(name)
     if width:
         given = dict(first=(D, width), second=(D, width), mode=mode)
@@ -106,8 +107,8 @@ def test_fusions_at_the_start(runtime):
         ("low_rank_residual", 4, np.eye(4)),
         ("mean", 3, np.full((3, 3), np.float32(1 / 3))),
     ):
-        mode = device.FUSIONS.index(name)
-        factors = device.fusion_init(mode, D, 1, np.random.default_rng(1))
+        mode = FUSIONS.index(name)
+        factors = fusion_init(mode, D, 1, np.random.default_rng(1))
         omega = place(runtime, nan(D, D), 0)
         factors = [None if factor is None else runtime.to_device(factor) for factor in factors]
         device.fusion_matrix_forward(omega, *factors, mode)
@@ -115,7 +116,7 @@ def test_fusions_at_the_start(runtime):
 
 
 def test_attention_of_large_scores(runtime):
-    device, mode = cuda.device(runtime), cpu.FUSIONS.index("attention")
+    device, mode = cuda.device(runtime), FUSIONS.index("attention")
     omega, first, second = (place(runtime, x, 0) for x in (nan(8, 8), 300 * rounded(8, 8), rounded(8, 8, seed=1)))
     device.fusion_matrix_forward(omega, first, second, mode)
     assert relative(runtime.to_host(omega).sum(axis=1), np.ones(8)) < 1e-6

@@ -6,12 +6,12 @@ from check_op import check_gradients, check_twin, nan, place, relative, rounded
 from test_prefix_features import features_of
 
 from kernels import cpu, cuda
-from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, TYPICAL
+from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, TYPICAL, keep_controller_init
 
 
 def controller(seed=0, dtype=np.float64) -> tuple[np.ndarray, ...]:
     """w1, b1, w2, b2"""
-    flat = cpu.keep_controller_init(np.random.default_rng(seed)).astype(dtype)
+    flat = keep_controller_init(np.random.default_rng(seed)).astype(dtype)
     return flat[:80].reshape(16, 5), flat[80:96], flat[96:112].reshape(1, 16), flat[112:]
 
 
@@ -87,7 +87,7 @@ def test_keep_controller_starts_at_one_half():
         weights = controller(seed, np.float32)
         _, kappa, hidden = forward(TYPICAL[None, None], *weights)
         assert abs(kappa[0, 0] - 0.5) < 1e-6 and 0 < (hidden > 0).sum() < HIDDEN
-    flat = np.array([cpu.keep_controller_init(np.random.default_rng(seed)) for seed in range(50)])
+    flat = np.array([keep_controller_init(np.random.default_rng(seed)) for seed in range(50)])
     assert flat.shape == (50, 113) and flat.dtype == np.float32
     assert abs(flat[:, :80].std() - 0.3) < 0.02 and abs(flat[:, 96:112].std() - 0.3) < 0.03 and not flat[:, 80:96].any()
 

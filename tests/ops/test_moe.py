@@ -6,6 +6,7 @@ from check_op import relative, rounded
 from routing import plan, router
 
 from kernels import cpu, cuda
+from kernels.cpu.deepseek.expert_plan import expert_rows
 
 STEP = 1e-5  # of the central difference
 
@@ -169,7 +170,7 @@ def test_no_bit_of_a_token_depends_on_the_others_on_cuda(runtime, N, C, F):
     def layer(x):
         """out, slot"""
         x, wg, w1, w2 = (runtime.to_device(a.astype(np.float32)) for a in (x, given["wg"], given["w1"], given["w2"]))
-        rows, tile = device.expert_rows(N, top, E)
+        rows, tile = expert_rows(N, top, E)
         logits, probs, gates = runtime.zeros((N, E)), runtime.zeros((N, E)), runtime.zeros((N, top))
         experts, slot = runtime.zeros((N, top), np.int32), runtime.zeros((N, top), np.int32)
         source, tile_expert = runtime.zeros(rows, np.int32), runtime.zeros(rows // tile, np.int32)

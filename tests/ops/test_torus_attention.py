@@ -7,6 +7,7 @@ from check_op import check_gradients, check_twin, gradient_error, nan, place, re
 from kernels import cpu, cuda
 from kernels.cpu.torus import torus_attention
 from kernels.cpu.torus.torus_attention import depth_distance, ring_distance
+from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc.errors import UserError
 
 
@@ -257,7 +258,7 @@ def shifted(kind, causal=0):
     """Largest difference between the output of rolled inputs and the rolled output, and the largest output."""
     B, T, NH, D, hd, turn = 1, 16, 2, 2, 8, 5
     qkv, a_s, a_d = inputs(B, T, NH, D, hd)
-    w, f = cpu.torus_frequencies(kind, hd, D, T)
+    w, f = torus_frequencies(kind, hd, D, T)
 
     def layer(x):
         x = x.copy()

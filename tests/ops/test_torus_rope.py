@@ -5,6 +5,7 @@ import pytest
 from check_op import check_twin, place, rounded
 
 from kernels import cpu, cuda
+from kernels.cpu.torus.torus_rope import torus_frequencies
 
 
 def inputs(B, T, NH, D, hd, seed=0, dtype=np.float64):
@@ -24,7 +25,7 @@ SIZES = [  # B, T, NH, D, hd, P, start, offset
 @pytest.mark.parametrize("B, T, NH, D, hd, P, start, offset", SIZES)
 def test_rotation_by_its_formula_and_back(B, T, NH, D, hd, P, start, offset, kind):
     qkv = inputs(B, T, NH, D, hd)[0]
-    w, f = cpu.torus_frequencies(kind, hd, D, P)
+    w, f = torus_frequencies(kind, hd, D, P)
     turned = qkv.copy()
     cpu.torus_rope_forward(turned, w, f, NH, D, P, start)
     x, y = (each.reshape(B, T, 3, NH, D, hd) for each in (qkv, turned))
@@ -40,7 +41,7 @@ def test_rotation_by_its_formula_and_back(B, T, NH, D, hd, P, start, offset, kin
 
 
 def test_whole_frequencies_are_periodic_at_any_position():
-    qkv, (w, f) = inputs(1, 6, 2, 4, 8)[0].astype(np.float32), cpu.torus_frequencies("int", 8, 4, 24)
+    qkv, (w, f) = inputs(1, 6, 2, 4, 8)[0].astype(np.float32), torus_frequencies("int", 8, 4, 24)
     w, f = w.astype(np.float32), f.astype(np.float32)
     near, far = qkv.copy(), qkv.copy()
     cpu.torus_rope_forward(near, w, f, 2, 4, 24, 3)
@@ -51,24 +52,24 @@ def test_whole_frequencies_are_periodic_at_any_position():
 @pytest.mark.parametrize("hd, D", [(64, 1), (32, 2), (16, 4), (8, 8), (4, 16), (40, 2)])
 def test_frequencies(hd, D):
     P = 256
-    w, f = cpu.torus_frequencies("int", hd, D, P)
+    w, f = torus_frequencies("int", hd, D, P)
     assert np.array_equal(w, w.astype(int)) and np.array_equal(f, f.astype(int)) and w.min() == 1
     assert w[0] == round(P / (2 * np.pi)) and set(f) == set(range(min(D, hd // 2)))
-    w, f = cpu.torus_frequencies("orth", hd, D, P)
+    w, f = torus_frequencies("orth", hd, D, P)
     assert abs(w @ f) < 1e-12 * (w @ w) and abs(w @ w - f @ f) < 1e-12 * (w @ w)
-    w, f = cpu.torus_frequencies("upstream", hd, D, P)
+    w, f = torus_frequencies("upstream", hd, D, P)
     expected = 1, 10000 ** (-2 / hd), 1, 10000 ** (-2 / (hd * max(2 * D, 3)))
     assert np.allclose([*w[:2], *f[:2]], expected, rtol=1e-14, atol=0)
 
 
 def test_published_depth_frequencies():
-    assert np.round(cpu.torus_frequencies("orth", 32, 2, 256)[1][:3], 3).tolist() == [-0.345, 0.121, 0.341]
+    assert np.round(torus_frequencies("orth", 32, 2, 256)[1][:3], 3).tolist() == [-0.345, 0.121, 0.341]
 
 
 @pytest.mark.parametrize("kind, hd", [("int", 3), ("upstream", 1), ("orth", 2), ("orth", 5), ("int", 0), ("rope", 8)])
 def test_frequencies_that_do_not_exist(kind, hd):
     with pytest.raises(ValueError, match=f"rope '?{kind}'?"):
-        cpu.torus_frequencies(kind, hd, 2, 16)
+        torus_frequencies(kind, hd, 2, 16)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,14 +79,14 @@ def test_frequencies_that_do_not_exist(kind, hd):
 @pytest.mark.parametrize("kind", ["int", "upstream", "orth"])
 @pytest.mark.parametrize("B, T, NH, D, hd, P, start, offset", SIZES)
 def test_torus_rope(runtime, B, T, NH, D, hd, P, start, offset, kind):
-    w, f = (x.astype(np.float32).astype(np.float64) for x in cpu.torus_frequencies(kind, hd, D, P))
+    w, f = (x.astype(np.float32).astype(np.float64) for x in torus_frequencies(kind, hd, D, P))
     for op in ("torus_rope_forward", "torus_rope_backward"):
         check_twin(runtime, op, rounded(B, T, 3 * NH * D * hd), w, f, NH, D, P, start, offset=offset, tol=1e-6)
 
 
 def test_whole_frequencies_are_periodic_to_the_bit_at_large_positions(runtime):
     device, P, NH, D, hd = cuda.device(runtime), 1000, 1, 2, 8
-    w, f = (place(runtime, x, 0) for x in cpu.torus_frequencies("int", hd, D, P))
+    w, f = (place(runtime, x, 0) for x in torus_frequencies("int", hd, D, P))
     results = []
     for start in (7, 7 + 10**6):
         qkv = place(runtime, rounded(1, 3, 3 * NH * D * hd), 0)

@@ -5,7 +5,7 @@ import pytest
 from check_op import check_twin, rounded
 
 from kernels import cpu
-from kernels.cpu.sparse.upstream_controller import upstream_controller_shapes
+from kernels.cpu.sparse.upstream_controller import upstream_controller_init, upstream_controller_shapes
 
 
 def normalised(*shape, seed=0) -> np.ndarray:
@@ -30,7 +30,7 @@ def views(flat, C) -> dict[str, np.ndarray]:
 
 
 def test_upstream_parameters():
-    params = cpu.upstream_controller_init(256, np.random.default_rng(0))
+    params = upstream_controller_init(256, np.random.default_rng(0))
     assert params.shape == (313_596,) and params.dtype == np.float32
     p = views(params, 256)
     counts = {}
@@ -52,7 +52,7 @@ def test_upstream_parameters():
 @pytest.mark.parametrize("T, published, exact", [(64, 17, 17.45), (128, 35, 35.05), (256, 70, 70.25)])
 def test_upstream_k_before_training(T, published, exact):
     """Published 17, 35 and 70. The closed form has c = 1/2; drawn weights move k by about one."""
-    params = cpu.upstream_controller_init(256, np.random.default_rng(0))
+    params = upstream_controller_init(256, np.random.default_rng(0))
     p = views(params, 256)
     for name in ("length2_weight", "combiner_weight", "position2_weight"):
         p[name][...] = 0
@@ -60,7 +60,7 @@ def test_upstream_k_before_training(T, published, exact):
     assert abs(closed - exact) < 0.01
     assert k_of(normalised(2, T, 256), params) == [published] * 2
     found = [
-        k_of(normalised(1, T, 256, seed=seed), cpu.upstream_controller_init(256, np.random.default_rng(seed)))[0]
+        k_of(normalised(1, T, 256, seed=seed), upstream_controller_init(256, np.random.default_rng(seed)))[0]
         for seed in range(9)
     ]
     print(f"T = {T}: k = {found}")
@@ -113,7 +113,7 @@ def upstream_controller_size(C) -> int:
 @pytest.mark.parametrize("T, least, most", [(1, 1, 1), (2, 1, 1), (5, 1, 4), (40, 4, 36)])
 def test_upstream_limits(T, least, most):
     """A tenth to nine tenths of T, and 1 to T - 1."""
-    params = cpu.upstream_controller_init(8, np.random.default_rng(9))
+    params = upstream_controller_init(8, np.random.default_rng(9))
     for base, expected in ((0.0, least), (1e6, most)):
         views(params, 8)["base"][...] = base
         assert k_of(normalised(2, T, 8), params) == [expected] * 2
@@ -122,7 +122,7 @@ def test_upstream_limits(T, least, most):
 def test_upstream_is_not_causal_and_mixes_the_batch():
     """Why it is for reproduction alone: a last token changes k of all before it, a row that of its neighbour."""
     C, T = 256, 256
-    params = cpu.upstream_controller_init(C, np.random.default_rng(10))
+    params = upstream_controller_init(C, np.random.default_rng(10))
     p = views(params, C)
     p["combiner_weight"][...] = 0.1
     x = normalised(2, T, C)
@@ -140,6 +140,6 @@ def test_upstream_is_not_causal_and_mixes_the_batch():
 
 
 def test_upstream_controller(runtime):
-    params = cpu.upstream_controller_init(8, np.random.default_rng(0)).astype(np.float64)
+    params = upstream_controller_init(8, np.random.default_rng(0)).astype(np.float64)
     check_twin(runtime, "upstream_controller", np.full((2, 50), -1, np.int32), rounded(2, 50, 8), params)
     check_twin(runtime, "upstream_controller", np.full((2, 50), -1, np.int32), rounded(2, 50, 8), params, 64)
