@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 def required(package: str) -> bool:
     """Whether requirements.txt or its siblings ask for `package` on this machine."""
     lines = [line for path in sorted(ROOT.glob("requirements*.txt")) for line in path.read_text().splitlines()]
-    wanted = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    asked = [f" {line}".partition(" #")[0] for line in lines]  # without remarks
+    wanted = [Requirement(line) for line in asked if line.strip()]
     markers = [each.marker for each in wanted if each.name == package]
     if not markers:
         raise ValueError(f"{package}: in no requirements file of {ROOT}")
