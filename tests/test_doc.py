@@ -1,0 +1,119 @@
+"""The pages in doc/: code blocks run as they stand, kernels quoted are those of dev/, tests named exist, pictures fit.
+
+A page's Python blocks are one program, top to bottom; a text block right behind one is what it prints.
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from availability import skip_off_linux
+from cuda_emulator.runtime import EmulatedRuntime
+
+from kernels import cpu, cuda
+
+ROOT = Path(__file__).parent.parent
+DEV = ROOT / "dev"
+PAGES = sorted((ROOT / "doc").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+PICTURE = re.compile(r"!\[[^\]]+\]\(([^)]+\.png)\)")
+
+
+def named(path: Path) -> str:
+    return path.stem
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# blocks
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_python_blocks_run_and_print_what_is_shown(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = [(match[1], match[2]) for match in BLOCK.finditer(page.read_text())]
+    program = {}
+    for (language, text), (follows, expected) in zip(blocks, [*blocks[1:], ("", "")]):
+        if language == "python":
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(text, page.name, "exec"), program)
+            if follows == "text":
+                assert printed.getvalue() == expected
+
+
+def test_the_tutorial_has_blocks():
+    found = [language for language, _ in BLOCK.findall((ROOT / "doc" / "layernorm.md").read_text())]
+    assert found.count("python") >= 5 and found.count("text") >= 3 and found.count("c") >= 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_quoted_kernels_are_in_the_tree(page):
+    """A block in C is a piece of some kernel file, line by line; "..." stands for lines left out."""
+    sources = [path.read_text() for path in (*DEV.glob("*.cu"), *(ROOT / "kernels" / "cuda").rglob("*.cu"))]
+    for language, text in BLOCK.findall(page.read_text()):
+        if language == "c":
+            parts = re.split(r"^ *\.\.\.\n", text, flags=re.MULTILINE)
+            assert any(all(part in source for part in parts) for source in sources), text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the kernels of dev/
+
+
+@pytest.fixture(scope="module", params=["fast", "check"])
+def device(request):
+    skip_off_linux()
+    return EmulatedRuntime(request.param, folders=(DEV, ROOT / "kernels" / "cuda"))
+
+
+def normal(*shape, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+SIZES = [(1, 1), (5, 30), (9, 100), (33, 768)]
+
+
+@pytest.mark.parametrize("N, C", SIZES)
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_layernorm_forward(device, version, N, C):
+    """Every version against NumPy; 4 is the one that trains."""
+    inp, weight, bias = normal(N, C), normal(C, seed=1), normal(C, seed=2)
+    expected, means, rstds = np.empty_like(inp), np.empty(N, np.float32), np.empty(N, np.float32)
+    cpu.layernorm_forward(expected, means, rstds, inp, weight, bias)
+    out, mean, rstd = device.zeros((N, C)), device.zeros(N), device.zeros(N)
+    arrays = (out, mean, rstd, *map(device.to_device, (inp, weight, bias)))
+    if version == 1:
+        device.launch("layernorm_forward1", -(-N // 256), 256, (*arrays, N, C))
+    elif version == 2:
+        device.launch("layernorm_forward2", N, 256, (*arrays, C))
+    elif version == 3:
+        device.launch("layernorm_forward3", -(-N // 8), 256, (*arrays, N, C))
+    else:
+        cuda.device(device).layernorm_forward(*arrays)
+    for ours, theirs in ((out, expected), (mean, means), (rstd, rstds)):
+        np.testing.assert_allclose(device.to_host(ours), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("N, C", SIZES)
+@pytest.mark.parametrize("version", [1, 2])
+def test_layernorm_backward(device, version, N, C):
+    """Both versions against NumPy, added to what is there; 2 is the one that trains."""
+    inp, weight, dout = normal(N, C), normal(C, seed=1), normal(N, C, seed=3)
+    before = (normal(N, C, seed=4), normal(C, seed=5), normal(C, seed=6))
+    mean = inp.mean(axis=1)
+    rstd = 1 / np.sqrt(inp.var(axis=1) + np.float32(1e-5))
+    expected = [each.copy() for each in before]
+    cpu.layernorm_backward(*expected, dout, inp, weight, mean, rstd)
+    ours = dinp, dweight, dbias = [device.to_device(each) for each in before]
+    given = d_dout, d_inp, d_weight, d_mean, d_rstd = [device.to_device(a) for a in (dout, inp, weight, mean, rstd)]
+    if version == 1:
+        device.launch("layernorm_backward1_rows", N, 256, (dinp, d_dout, d_inp, d_weight, d_mean, d_rstd, C))
+        columns = (dweight, dbias, d_dout, d_inp, d_mean, d_rstd, N, C)
+        device.launch("layernorm_backward1_columns", -(-C // 256), 256, columns)
+    else:
+        cuda.device(device).layernorm_backward(*ours, *given)
+    for array, values in zip(ours, expected):
+        np.testing.assert_allclose(device.to_host(array), values, rtol=2e-5, atol=2e-5)
