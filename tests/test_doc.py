@@ -117,3 +117,31 @@ def test_layernorm_backward(device, version, N, C):
         cuda.device(device).layernorm_backward(*ours, *given)
     for array, values in zip(ours, expected):
         np.testing.assert_allclose(device.to_host(array), values, rtol=2e-5, atol=2e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tests that pages name, pictures
+
+
+def test_named_tests_exist():
+    """Every test that a page names in a code span is somewhere in tests/; reliability.md has one in each row."""
+    known = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^ *def (test_\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    for page in [*PAGES, *ROOT.glob("*.md")]:
+        named_here = set(re.findall(r"`(test_\w+)`", page.read_text()))
+        assert named_here <= known, f"{page.name}: {named_here - known}"
+    rows = [line for line in (ROOT / "doc" / "reliability.md").read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if "what one sees" not in row]
+    assert len(rows) > 35 and all("`test_" in row.rpartition(" | ")[2] for row in rows)
+
+
+def test_pictures_are_there_and_small():
+    """One for each system, drawn by doc/draw.py, and no page shows one that is missing or large."""
+    shown = {(page.parent / link).resolve() for page in PAGES for link in PICTURE.findall(page.read_text())}
+    drawn = {ROOT / "doc" / f"{name}.png" for name in ("band", "sparse_attention", "toroidal")}
+    assert drawn <= shown
+    for picture in shown:
+        assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 150_000
