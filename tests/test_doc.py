@@ -145,3 +145,35 @@ def test_pictures_are_there_and_small():
     assert drawn <= shown
     for picture in shown:
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 150_000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CONTRIBUTING.md
+
+
+def test_the_op_of_contributing_is_right(tmp_path):
+    """Its NumPy against finite differences, its kernels and launchers, in mode check, against its NumPy."""
+    skip_off_linux()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    section = text.partition("## add an op")[2].partition("## add a selector")[0]
+    (_, reference), (_, kernel), (_, launcher), *_ = BLOCK.findall(section)
+    (tmp_path / "relu_squared.cu").write_text(kernel)
+    ours, launchers, theirs = EmulatedRuntime("check", folders=(tmp_path,)), {}, {}
+    exec(launcher, launchers)
+    exec(reference, theirs)
+
+    inp, dout = np.random.default_rng(0).standard_normal((2, 7, 9))
+    out, dinp = np.empty_like(inp), np.empty_like(inp)
+    theirs["relu_squared_forward"](out, inp)
+    theirs["relu_squared_backward"](dinp, inp, dout)
+    above, below = np.empty_like(inp), np.empty_like(inp)
+    theirs["relu_squared_forward"](above, inp + 1e-5)
+    theirs["relu_squared_forward"](below, inp - 1e-5)
+    np.testing.assert_allclose(dout * (above - below) / 2e-5, dinp, atol=1e-8)
+
+    x, dy = (ours.to_device(array.astype(np.float32)) for array in (inp, dout))
+    y, dx = ours.zeros(inp.shape), ours.zeros(inp.shape)
+    launchers["relu_squared_forward"](ours, y, x)
+    launchers["relu_squared_backward"](ours, dx, x, dy)
+    np.testing.assert_allclose(ours.to_host(y), out, atol=1e-6)
+    np.testing.assert_allclose(ours.to_host(dx), dinp, atol=1e-6)

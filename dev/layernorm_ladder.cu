@@ -1,4 +1,4 @@
-// layernorm.cu: the versions of layer normalisation on the way to kernels/cuda/gpt2/layernorm.cu
+// layernorm_ladder.cu: the versions of layer normalisation on the way to kernels/cuda/gpt2/layernorm.cu
 //
 // doc/layernorm.md goes through them; tests/test_doc.py runs each against NumPy on the emulator, races and bounds checked.
 //   layernorm_forward1    one thread a row
