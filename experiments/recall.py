@@ -1,6 +1,6 @@
 """Tagged recall (data/recall.py): does the indexer find the one key that matters?
 
-    make recall                                      # six arms, two seeds; the table goes into README.md
+    make recall                                      # six arms, two seeds; the table goes into doc/ and README.md
     python experiments/recall.py --seeds 3,4,5       # more seeds; finished runs in build/recall are kept
 
 For each seed a dense model of 0.13M parameters learns the task (600 steps). From its weights every arm goes on for 300
@@ -30,7 +30,8 @@ from llmc.errors import UserError, run
 from llmc.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "experiments" / "recall.json"
+README, PAGE = ROOT / "README.md", ROOT / "doc" / "sparse_attention.md"
+RESULTS = ROOT / "experiments" / "recall.json"
 BEGIN, END = "<!-- table: make recall -->\n", "<!-- end of the table -->\n"
 T, K = 128, 16
 MODEL = "--vocab 296 -C 64 -L 2 -H 4 -T 128"
@@ -140,6 +141,22 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_table(results: dict) -> str:
+    """README's: each arm's share of right answers, the mean over seeds, the best first."""
+    lines = ["| keys chosen by | answers right |", "|---|---:|"]
+    shares = {arm: sum(found[arm]["accuracy"] for found in results.values()) / len(results) for arm in ARMS}
+    lines += [f"| {arm} | {shares[arm]:.3f} |" for arm in sorted(ARMS, key=shares.get, reverse=True)]
+    return "\n".join(lines) + "\n"
+
+
+def write_table(page: Path, text: str) -> None:
+    """Put `text` between the page's markers, if it has them."""
+    before, begin, rest = page.read_text().partition(BEGIN)
+    if begin:
+        with atomic_write(page) as file:
+            file.write(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}".encode())
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", default="3,4", help="seeds, each from its own random model")
@@ -156,10 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     with atomic_write(RESULTS) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
     print(table(results), end="")
-    if BEGIN in (text := README.read_text()):
-        before, _, rest = text.partition(BEGIN)
-        with atomic_write(README) as file:
-            file.write(f"{before}{BEGIN}{table(results)}{END}{rest.partition(END)[2]}".encode())
+    write_table(PAGE, table(results))
+    write_table(README, short_table(results))
     return 0
 
 
