@@ -41,7 +41,7 @@ SCRIPTS = [
 ]
 SCRIPTS += [
     str(path.relative_to(ROOT))
-    for folder in ("benchmarks", "data", "doc", "experiments")
+    for folder in ("benchmarks", "data", "dev", "doc", "experiments")
     for path in sorted(ROOT.glob(f"{folder}/*.py"))
 ]
 SCRIPTS += ["tests/golden_run.py", "tests/check_gpt2.py", "tests/cuda_emulator/build.py"]
