@@ -19,7 +19,7 @@ import pytest
 
 from data.starter_pack import SIZES as STARTER_PACK
 from experiments import readme_figures, recall
-from kernels import cpu
+from kernels.cpu.band.band_mask import band_count
 from llmc.cli import ArgumentParser
 from llmc.errors import UserError
 from llmc.tokenizer import BYTE_VOCAB
@@ -48,7 +48,7 @@ SCRIPTS += ["tests/golden_run.py", "tests/check_gpt2.py", "tests/cuda_emulator/b
 LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py"}  # no command
 # without a parser: how many words they take
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
-WORDS |= {"-m kernels.cuda.roofline": 0}
+WORDS |= {"-m kernels.cuda.runtime.roofline": 0}
 OTHERS = {"-m pytest", "-m pip", "-m venv", "-m ruff"}  # programs of others
 OWN = {"theirs.txt", "TRAIN.bin", "VAL.bin"}  # what only the reader can have: output of another trainer, own data
 MAKE = re.compile(r"\bmake(?: -\w+)* ([a-z_]+)")
@@ -495,7 +495,7 @@ def test_density_table():
     assert len(widths) == 5 and len(rows) == 4
     for C, *densities in rows:
         for width, density in zip(widths, densities):
-            kept = cpu.band_count(4 * int(C), int(C), width) / (4 * int(C) ** 2)
+            kept = band_count(4 * int(C), int(C), width) / (4 * int(C) ** 2)
             assert density == f"{100 * kept:.1f}%"
 
 
