@@ -1,28 +1,59 @@
 """What the text corpora share: documents -> tokens, with an EOT before each -> llm.c data files and tokenizer file."""
 
-from collections.abc import Sequence
+import contextlib
+import shlex
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from llmc.dataloader import write_tokens
 from llmc.errors import UserError
-from llmc.tokenizer import byte_tokenizer, gpt2_encoding, gpt2_tokenizer
+from llmc.tokenizer import byte_tokenizer, encode_ordinary, gpt2_encoding, gpt2_tokenizer
 
 TOKENIZERS = {"gpt2": gpt2_tokenizer, "byte": byte_tokenizer}
+THREADS = 8  # that encode documents
+LEAST_TOKENS = 2  # an input and its target
 
 
 def gpt2_tokens(documents: Sequence[str]) -> np.ndarray:
     """uint16 GPT-2 tokens of all documents, each preceded by <|endoftext|> (50256), as llm.c's data scripts do.
 
-    A text that spells <|endoftext|> out gets ordinary tokens. Threads share the work.
+    A text that spells <|endoftext|> out gets ordinary tokens. Threads share the work. Whatever stops them is raised as
+    a UserError that says at which document.
     """
     encoding = gpt2_encoding()
-    tokens = []
-    for document in encoding.encode_ordinary_batch(list(documents)):
-        tokens.append(encoding.eot_token)
-        tokens.extend(document)
-    return np.array(tokens, np.uint16)
+
+    def tokens(number: int, document: str) -> np.ndarray:
+        with blamed_on(f"document {number} of {len(documents)}", "take it out of the text, or shorten it"):
+            return np.array([encoding.eot_token, *encode_ordinary(encoding, document)], np.uint16)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            parts = list(pool.map(tokens, range(1, len(documents) + 1), documents))
+        finally:
+            pool.shutdown(
+                cancel_futures=True
+            )  # after Ctrl-C the documents that have their turn are finished, no others
+    return np.concatenate([np.empty(0, np.uint16), *parts])
+
+
+@contextlib.contextmanager
+def blamed_on(what: str, hint: str) -> Iterator[None]:
+    """Whatever the block raises, but what ends the program, leaves it as a UserError that begins with `what`.
+
+    For workers: of an exception of any kind there remains one message, and one that can be sent to another process.
+    A panic in Rust code is a BaseException, which cannot.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except MemoryError as error:
+        raise UserError(f"{what}: out of memory {error}".rstrip(), hint) from None
+    except BaseException as error:
+        raise UserError(f"{what}: {type(error).__name__}: {error}", hint) from None
 
 
 def byte_tokens(documents: Sequence[str]) -> np.ndarray:
@@ -45,16 +76,35 @@ def shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
+def typed(path: Path) -> str:
+    """`shown` for a command line: quoted where a shell needs that."""
+    return shlex.quote(str(shown(path)))
+
+
 def write_corpus(folder: Path, name: str, train: np.ndarray, val: np.ndarray) -> tuple[Path, Path]:
-    """Write name_train.bin and name_val.bin into `folder`, print their sizes, return their paths."""
+    """Write name_train.bin and name_val.bin into `folder`, print their sizes, return their paths.
+
+    Raises UserError before anything is written if one would hold too little for any training.
+    """
     make_folder(folder)
     paths = []
+    for split, tokens in (("train", train), ("val", val)):
+        check_enough(folder / f"{name}_{split}.bin", tokens.size)
     for split, tokens in (("train", train), ("val", val)):
         path = folder / f"{name}_{split}.bin"
         write_tokens(path, tokens)
         print(f"wrote {shown(path)}: {tokens.size:,} tokens")
         paths.append(path)
     return tuple(paths)
+
+
+def check_enough(path: Path, num_tokens: int) -> None:
+    """Raise UserError if the data file `path` would hold too few tokens for a batch of one row of one token."""
+    if num_tokens < LEAST_TOKENS:
+        raise UserError(
+            f"{path}: the text gives {num_tokens} tokens, a data file needs {LEAST_TOKENS} or more",
+            "take a longer text: the file was not written",
+        )
 
 
 def write_tokenizer(name: str, folder: Path) -> None:
@@ -68,7 +118,7 @@ def write_tokenizer(name: str, folder: Path) -> None:
 def print_next_commands(tokenizer: str, train: Path, val: Path) -> None:
     """What to type after preparing data: a model for its vocabulary, unless there is one, and the training run."""
     model, vocab = {"gpt2": ("model.bin", ""), "byte": ("byte.bin", "--vocab byte ")}[tokenizer]
-    commands = [f"python train_banded.py -e {model} -i {shown(train)} -j {shown(val)}"]
+    commands = [f"python train_banded.py -e {model} -i {typed(train)} -j {typed(val)}"]
     if not Path(model).exists():
         commands.insert(0, f"python data/create_model.py {vocab}-o {model}")
     for label, command in zip(("next", "then"), commands):

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from data.corpus import shown, write_tokenizer
+from data.corpus import shown, typed, write_tokenizer
 from llmc.checkpoint import (
     BFLOAT16,
     FLOAT32,
@@ -38,6 +38,7 @@ from llmc.checkpoint import (
 from llmc.cli import ArgumentParser, flag01, integer, natural, positive_int, seed
 from llmc.errors import UserError, run
 from llmc.init import gpt2_init
+from llmc.options import default_data
 from llmc.tokenizer import BYTE_VOCAB, GPT2_VOCAB
 
 PRESETS = {
@@ -142,11 +143,20 @@ def write_matching_tokenizer(name: str, folder: Path) -> None:
         print(f"warning: no {name}_tokenizer.bin: {error.message}\n---> HINT: {error.hint}", file=sys.stderr)
 
 
-def training_command(config: GPT2Config, name: str | None, path: Path) -> str:
-    """What to type next; the named vocabularies find their data by themselves."""
+def next_lines(config: GPT2Config, name: str | None, path: Path) -> list[str]:
+    """What to type next, as lines "next: ..." and "then: ...".
+
+    The trainers find the data of a named vocabulary; if they are not made yet, their script comes first. There are none
+    for any other vocabulary, and a command would fail: there it says so in words.
+    """
     script = "train_sparse_attn.py" if isinstance(config, DeepSeekConfig) else "train_banded.py"
-    data = "" if name else " -i TRAIN.bin -j VAL.bin"
-    return f"python {script} -e {shown(path)}{data}"
+    if name is None:
+        ids = f"no data script makes tokens 0..{config.V - 1}: write your own"
+        return [f"next: {ids}, then name them by -i and -j to {script} -e {typed(path)}"]
+    commands = [f"python {script} -e {typed(path)}"]
+    if not all(os.path.exists(default_data(config.V, split)) for split in ("train", "val")):
+        commands.insert(0, "python data/shakespeare.py" + (" --tokenizer byte" if name == "byte" else ""))
+    return [f"{label}: {command}" for label, command in zip(("next", "then"), commands)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -173,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     name = {size: name for name, size in VOCABULARIES.items()}.get(config.V)
     if name:
         write_matching_tokenizer(name, args.output.parent)
-    print(f"next: {training_command(config, name, args.output)}")
+    print("\n".join(next_lines(config, name, args.output)))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import shown, write_corpus
+from data.corpus import typed, write_corpus
 from llmc.cli import ArgumentParser, positive_int, seed
 from llmc.dataloader import MAX_TOKENS
 from llmc.errors import UserError, run
@@ -68,33 +68,33 @@ class Recall:
         """The number of ids."""
         return self.first_filler + FILLERS
 
-    def hard_window(self, rng: np.random.Generator) -> np.ndarray:
+    def hard_window(self, rng: np.random.RandomState) -> np.ndarray:
         """T ids: items, fillers, all queries with their answers."""
         keys, items = self._items(rng, self.K)
-        fillers = rng.integers(self.first_filler, self.V, self.T - 3 * self.K)
+        fillers = rng.randint(self.first_filler, self.V, self.T - 3 * self.K)
         return np.concatenate([items[keys], fillers, self._round(rng, keys, items)])
 
-    def easy_window(self, rng: np.random.Generator) -> np.ndarray:
+    def easy_window(self, rng: np.random.RandomState) -> np.ndarray:
         """T ids: D items, then rounds of queries with their answers."""
-        D = self.K // (2, 4, 8)[rng.integers(3)]
+        D = self.K // (2, 4, 8)[rng.randint(3)]
         keys, items = self._items(rng, D)
         rounds = [self._round(rng, keys, items) for _ in range(-(-(self.T - D) // (2 * D)))]
         return np.concatenate([items[keys], *rounds])[: self.T]
 
-    def _items(self, rng: np.random.Generator, D: int) -> tuple[np.ndarray, np.ndarray]:
+    def _items(self, rng: np.random.RandomState, D: int) -> tuple[np.ndarray, np.ndarray]:
         """D keys (D) in random order, and the item of every key (K)."""
-        return rng.permutation(self.K)[:D], VALUES * np.arange(self.K) + rng.integers(VALUES, size=self.K)
+        return rng.permutation(self.K)[:D], VALUES * np.arange(self.K) + rng.randint(VALUES, size=self.K)
 
-    def _round(self, rng: np.random.Generator, keys: np.ndarray, items: np.ndarray) -> np.ndarray:
+    def _round(self, rng: np.random.RandomState, keys: np.ndarray, items: np.ndarray) -> np.ndarray:
         """Query, item, query, item ... of `keys` in a new random order."""
         order = rng.permutation(keys)
         return np.stack([self.first_query + order, items[order]], axis=1).ravel()
 
-    def tokens(self, rng: np.random.Generator, windows: int, hard_share: float) -> np.ndarray:
+    def tokens(self, rng: np.random.RandomState, windows: int, hard_share: float) -> np.ndarray:
         """uint16 (windows*T + 1): windows one after the other, and the first token of one more as the last target."""
         out = np.empty((windows + 1, self.T), np.uint16)
         for window in out:
-            window[:] = self.hard_window(rng) if rng.random() < hard_share else self.easy_window(rng)
+            window[:] = self.hard_window(rng) if rng.random_sample() < hard_share else self.easy_window(rng)
         return out.ravel()[: windows * self.T + 1]
 
 
@@ -120,15 +120,20 @@ def parse_arguments(argv: list[str] | None = None):
     return args
 
 
+def stream(seed: int, split: int) -> np.random.RandomState:
+    """Random numbers that NumPy promises to keep (NEP 19), others for each split."""
+    return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, split])
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     task = Recall(args.keys, args.window)
     train, val = (
-        task.tokens(np.random.default_rng([args.seed, split]), windows, hard_share)
+        task.tokens(stream(args.seed, split), windows, hard_share)
         for split, windows, hard_share in ((0, args.train_windows, 0.5), (1, args.val_windows, 1.0))
     )
     train_path, val_path = write_corpus(args.out_dir, "recall", train, val)
-    data = f"-i {shown(train_path)} -j {shown(val_path)}"
+    data = f"-i {typed(train_path)} -j {typed(val_path)}"
     print(f"next: python data/create_model.py --vocab {task.V} -C 64 -L 2 -H 4 -T {task.T} -o recall.bin")
     print(f"then: python train_sparse_attn.py --attention dense -e recall.bin {data} -b 32 -t {task.T} -l 3e-3")
 

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from data.corpus import make_folder, shown
+from data.corpus import make_folder, typed
 from data.download import download
 from llmc.checkpoint import read_model
 from llmc.cli import ArgumentParser
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     Tokenizer.read(args.out_dir / "gpt2_tokenizer.bin")
     read_debug_state(debug_state, read_model(model).config)
     print(f"read back all of {', '.join(SIZES)}")
-    print(f"next: python tests/check_gpt2.py {shown(model)} {shown(debug_state)}")
-    print(f"then: python train_banded.py -e {shown(model)}")
+    print(f"next: python tests/check_gpt2.py {typed(model)} {typed(debug_state)}")
+    print(f"then: python train_banded.py -e {typed(model)}")
 
 
 if __name__ == "__main__":

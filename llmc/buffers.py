@@ -8,17 +8,24 @@ import numpy as np
 from llmc.checkpoint import named_views
 
 
+def num_values(shapes: dict[str, tuple[int, ...]]) -> int:
+    """How many values arrays of these shapes hold in all."""
+    return sum(map(prod, shapes.values()))
+
+
 def flat_buffer(device, shapes: dict[str, tuple[int, ...]], values: np.ndarray | None = None) -> tuple:
     """(flat, views): one float array for all `shapes`, of `values` or zeros, and a namespace with a view per name."""
-    flat = device.zeros(sum(map(prod, shapes.values()))) if values is None else device.to_device(values)
+    flat = device.zeros(num_values(shapes)) if values is None else device.to_device(values)
     return flat, SimpleNamespace(**named_views(flat, shapes))
 
 
-def allocate(device, shapes: dict[str, tuple[int, ...]], dtypes: dict | None = None) -> SimpleNamespace:
-    """Zeros of each shape, by name; float32 unless `dtypes` says otherwise."""
-    dtypes = dtypes or {}
+def allocate(device, shapes: dict[str, tuple[int, ...]], ints: tuple[str, ...] = ()) -> SimpleNamespace:
+    """Zeros of each shape, by name: int32 for the names in `ints`, else the device's float."""
     return SimpleNamespace(
-        **{name: device.zeros(shape, dtypes.get(name, np.float32)) for name, shape in shapes.items()}
+        **{
+            name: device.zeros(shape, np.int32) if name in ints else device.zeros(shape)
+            for name, shape in shapes.items()
+        }
     )
 
 

@@ -191,7 +191,9 @@ class DataLoader:
         num_tokens, needed = count_tokens(path), self._sample_tokens + 1
         if num_tokens < needed:
             sizes = f"B = {self.B}, T = {self.T}" + (f" in {self.nproc} processes" if self.nproc > 1 else "")
-            hint = "lower -b or -t" if num_tokens > 1 else "make it again from a text, or leave it out of the pattern"
+            hint = f"lower -b or -t: B*T may be at most {(num_tokens - 1) // self.nproc}"
+            if num_tokens < 2:
+                hint = "it holds no text: make it again (make data), or leave it out of the pattern"
             raise UserError(f"{path}: {num_tokens} tokens, {sizes} needs at least {needed}", hint)
         return num_tokens
 

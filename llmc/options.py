@@ -42,7 +42,7 @@ def add_options(parser: ArgumentParser) -> None:
     """Add the options of all trainers to `parser`."""
     add = parser.add_argument_group("files").add_argument
     add("-e", "--model", default="model.bin", help="model file to start from")
-    add("-c", "--checkpoint", help="where to save model and optimizer state (default: nothing is saved)")
+    add("-c", "--checkpoint", help="where to save model and optimizer state (default: none, nothing is saved)")
     add("-k", "--checkpoint-every", type=natural, default=0, help="steps between saves, 0: at the end and at Ctrl-C")
     add("-i", "--train-data", help="pattern of the training shards (default: TinyStories if there, else Shakespeare)")
     add("-j", "--val-data", help="pattern of the validation shards (default: as for -i)")

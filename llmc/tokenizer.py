@@ -9,6 +9,7 @@ A byte pair encoder needs no more than this file: the merges of GPT-2 rank as th
 import hashlib
 import importlib.util
 import os
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,13 @@ GPT2_VOCAB, GPT2_EOT = 50257, 50256
 BYTE_VOCAB, BYTE_EOT = 256, 0
 ENDOFTEXT = "<|endoftext|>"
 HINT = "python data/shakespeare.py writes the tokenizer that goes with its data"
+
+# GPT-2 cuts a text in pieces and encodes each for itself: the pattern of its encoder.py in the words of tiktoken's
+# r50k_pat_str, where ++ never tries a shorter match
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# what \s+ is to tiktoken, that is Unicode's White_Space; Python's \s has four control characters more
+BLANKS = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")
+PART = 1 << 18  # characters that tiktoken gets at once, at least
 
 # OpenAI's vocab.bpe: the same digest as tiktoken_ext/openai_public.py pins
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -111,7 +119,7 @@ class Tokenizer:
             )
         if self.has_only_bytes:
             return [self.ranks[bytes([byte])] for byte in data]
-        return self.encoding.encode_ordinary(text)
+        return encode_ordinary(self.encoding, text)
 
     @cached_property
     def ranks(self) -> dict[bytes, int]:
@@ -125,10 +133,25 @@ class Tokenizer:
     @cached_property
     def encoding(self):
         """A tiktoken.Encoding with GPT-2's split pattern and these tokens; nothing is downloaded."""
-        tiktoken, public = _import_tiktoken()
-        return tiktoken.Encoding(
-            self.name, pat_str=public.r50k_pat_str, mergeable_ranks=self.ranks, special_tokens={ENDOFTEXT: self.eot}
-        )
+        special = {ENDOFTEXT: self.eot}
+        return _import_tiktoken().Encoding(self.name, pat_str=SPLIT, mergeable_ranks=self.ranks, special_tokens=special)
+
+
+def encode_ordinary(encoding, text: str) -> list[int]:
+    """The tokens of encoding.encode_ordinary(text), however long the text and whatever runs are in it.
+
+    encoding: a tiktoken.Encoding that splits by SPLIT. Its search for \\s+(?!\\S) stacks an entry for each blank, and
+    panics at a million. So it gets the text in parts, each cut before the last blank of a run that something follows.
+    There a piece begins in any case: the blanks before are a piece, in the whole text by \\s+(?!\\S), in the part that
+    they end by \\s++$, which stacks nothing; and what stands before blanks ends where they begin. Inside a part a run
+    is shorter than PART.
+    """
+    tokens, start = [], 0
+    while (blanks := BLANKS.search(text, start + PART)) and blanks.end() < len(text):
+        tokens += encoding.encode_ordinary(text[start : blanks.end() - 1])
+        start = blanks.end() - 1
+    tokens += encoding.encode_ordinary(text[start:])
+    return tokens
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -224,9 +247,8 @@ def _read_vocab_bpe(path: Path) -> list[bytes]:
 
 
 def _download_gpt2_tokens() -> list[bytes]:
-    tiktoken, _ = _import_tiktoken()
     try:
-        encoding = tiktoken.get_encoding("gpt2")
+        encoding = _import_tiktoken().get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong digest is a ValueError
         reason = str(error).split("\n")[0]
         raise UserError(f"GPT-2's vocabulary: tiktoken cannot download it: {reason}", VOCAB_PIP) from None
@@ -234,12 +256,11 @@ def _download_gpt2_tokens() -> list[bytes]:
 
 
 def _import_tiktoken():
-    """(tiktoken, tiktoken_ext.openai_public), imported where needed: only text to tokens asks for them."""
+    """The package, imported where needed: only text to tokens asks for it."""
     try:
         import tiktoken
-        from tiktoken_ext import openai_public
     except ImportError as error:
         raise UserError(
             f"turning text into tokens needs the package tiktoken: {error}", "pip install tiktoken"
         ) from None
-    return tiktoken, openai_public
+    return tiktoken

@@ -3,6 +3,9 @@
 import hashlib
 import math
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ from llmc.checkpoint import (
     tensor_shapes,
     to_bfloat16,
 )
+from llmc.dataloader import write_tokens
 from llmc.errors import UserError
 from llmc.init import gpt2_init
 from llmc.rand import mersenne
@@ -36,8 +40,10 @@ FLAGS = ["-C", "8", "-L", "2", "-H", "2", "-T", "16", "--vocab", "250"]
 
 
 @pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
+def in_empty_folder_with_data(tmp_path, monkeypatch):
+    """The current folder is empty; whether the checkout has data makes no difference."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(create_model, "default_data", lambda V, split: __file__)
 
 
 def polar_normals(seed, count):
@@ -154,7 +160,8 @@ def test_published_sparse_attention_model(capsys):
     assert "channels           256\nq_rank             64\nkv_rank            64\nrope_dim           16\n" in out
     assert "experts            4\ntop_experts        2\nexpert_width       1024\n" in out
     assert "num_parameters     10,008,552\nfile size          40,035,232 bytes\n" in out
-    assert out.endswith("next: python train_sparse_attn.py -e dsa.bin -i TRAIN.bin -j VAL.bin\n")
+    own = "no data script makes tokens 0..999: write your own"
+    assert out.endswith(f"next: {own}, then name them by -i and -j to train_sparse_attn.py -e dsa.bin\n")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +291,66 @@ def test_missing_folder():
 
 def test_runs_as_a_script_from_any_folder():
     command = [sys.executable, str(ROOT / "data" / "create_model.py"), *FLAGS]
-    assert "next: python train_banded.py" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "next: no data script makes tokens 0..249: write your own" in shown
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 1
     assert again.stderr.startswith("error: model.bin: exists already\n---> HINT: --force")
+
+
+@pytest.mark.parametrize("vocab, script", [("gpt2", "shakespeare.py"), ("byte", "shakespeare.py --tokenizer byte")])
+def test_data_that_are_not_made_come_first(monkeypatch, capsys, vocab, script):
+    monkeypatch.setattr(create_model, "default_data", lambda V, split: f"nowhere/{V}_{split}.bin")
+    create_model.main(["-C", "8", "-L", "1", "-H", "1", "-T", "8", "--vocab", vocab, "-o", "my model.bin"])
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert lines == [f"next: python data/{script}", "then: python train_banded.py -e 'my model.bin'"]
+
+
+PRESETS_SHRUNK = [  # -C so that a head has 2 channels; NH and T are the preset's
+    "--preset tiny -C 8 -L 1",
+    "--preset small -C 16 -L 1",
+    "--preset d12 -C 24 -L 1",
+    "--preset d24 -C 32 -L 1",
+    "--preset d36 -C 40 -L 1",
+    "--preset d48 -C 50 -L 1",
+    "--preset dsa -L 1 --vocab byte",
+]
+ODD_SIZES = ["-T 32", "-C 4 -H 1", "-T 1", "-C 15 -H 3", "-C 7 -H 7", "-T 32 --experts 4", "--mla 1 -C 128"]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The scripts as a user has them, beside Shakespeare's plays in both vocabularies, cut short."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in (ROOT / "kernels", *ROOT.glob("systems")):
+        (folder / path.name).symlink_to(path)
+    for path in (*ROOT.glob("train_*.py"), *ROOT.glob("llmc/*.py"), *ROOT.glob("data/*.py")):
+        copy = folder / path.relative_to(ROOT)  # no link: data are looked for beside the file that is read
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    (folder / "data" / "shakespeare").mkdir()
+    for name, V in (("shakespeare", 50257), ("shakespeare_byte", 256)):
+        for split in ("train", "val"):
+            tokens = np.random.default_rng(0).integers(0, V, 5000).astype(np.uint16)
+            write_tokens(folder / "data" / "shakespeare" / f"{name}_{split}.bin", tokens)
+    return folder
+
+
+@pytest.mark.parametrize("flags", [*PRESETS_SHRUNK, *(f"{flags} --vocab byte" for flags in ODD_SIZES)])
+def test_the_printed_next_command_runs(checkout, monkeypatch, flags):
+    """As it is typed, for one step of one short row."""
+    monkeypatch.chdir(checkout)
+    small = (
+        [] if "--preset" in flags else ["-L", "1"] + (["-C", "8"] if "-C" not in flags and "-H" not in flags else [])
+    )
+    words = [*flags.split(), *small, "-o", "next.bin", "--force"]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    made = subprocess.run([sys.executable, "data/create_model.py", *words], capture_output=True, text=True, check=True)
+    (command,) = re.findall(r"^next: python (.*)$", made.stdout, re.M)
+    T = min(64, int(re.search(r"^max_seq_len +(\d+)$", made.stdout, re.M)[1]))
+    words = [sys.executable, *shlex.split(command), *f"-n 1 -b 1 -t {T} -m 1 --device cpu".split()]
+    trained = subprocess.run(words, capture_output=True, text=True, errors="replace", env=environment)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    V = 256 if "byte" in flags else 50257
+    loss = float(re.search(r"^val loss ([0-9.]+)$", trained.stdout, re.M)[1])
+    assert abs(loss - np.log(V)) < 0.2  # a random model's

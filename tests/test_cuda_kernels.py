@@ -134,12 +134,6 @@ def test_column_sum(runtime, N, C, offset):
     check(runtime, "column_sum", rounded(C), rounded(N, C), offset=offset)
 
 
-@pytest.mark.parametrize("N, C", [(1, 1), (3, 300), (5, 512)])
-def test_take_columns(runtime, N, C):
-    index = np.random.default_rng(1).permutation(C).astype(np.int32)
-    check(runtime, "take_columns", nan(N, C), rounded(N, C), index)
-
-
 @pytest.mark.parametrize("version", LADDER)
 @pytest.mark.parametrize("N, C, OC", [(1, 1, 1), (33, 20, 50), (130, 37, 131), (128, 64, 256)])
 def test_matmul_by_hand(runtime, version, N, C, OC):
@@ -171,6 +165,13 @@ def test_band_matmul(runtime, N, OC, C, bandwidth):
 @pytest.mark.parametrize("bandwidth", [1, 2, 9, 64, 10**9])
 def test_band_mask(runtime, L, rows, columns, bandwidth):
     check(runtime, "band_mask", rounded(L, rows, columns), bandwidth)
+    check(
+        runtime,
+        "band_mask",
+        rounded(L, rows, columns),
+        bandwidth,
+        np.random.default_rng(1).permutation(rows).astype(np.int32),
+    )
     device = cuda.device(runtime)
     weight = runtime.to_device(np.ones((L, rows, columns), np.float32))
     device.band_mask(weight, bandwidth)

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -297,6 +299,41 @@ def test_gpt2_tokens():
     assert gpt2().decode(tokens[5:].tolist()) == "<|endoftext|>"
 
 
+class Panic(BaseException):
+    """As pyo3_runtime.PanicException, by which tiktoken's Rust code gives up."""
+
+
+@pytest.mark.parametrize("failure, found", [(Panic("at lib.rs"), "Panic: at lib.rs"), (MemoryError(), "out of memory")])
+def test_what_stops_a_thread_names_the_document(monkeypatch, failure, found):
+    def fail(encoding, text):
+        if text == "b":
+            raise failure
+        return [1]
+
+    monkeypatch.setattr(corpus, "encode_ordinary", fail)
+    with pytest.raises(UserError) as refused:
+        corpus.gpt2_tokens(["a", "b", "c"])
+    assert refused.value.message == f"document 2 of 3: {found}"
+    assert refused.value.hint == "take it out of the text, or shorten it"
+
+
+def test_gpt2_tokens_of_a_million_blanks():
+    tokens = corpus.gpt2_tokens(["one" + " " * 1_000_000 + "two", "x"])
+    assert (tokens[:2].tolist(), tokens[-3:].tolist()) == ([EOT, 505], [734, EOT, 87])
+    assert tokens.size == 1_000_004 and (tokens[2:-3] == 220).all()
+
+
+@pytest.mark.parametrize("documents, size", [([], 0), ([""], 1)])
+def test_corpus_without_text_is_not_written(documents, size):
+    tokens = corpus.gpt2_tokens(documents)
+    assert tokens.dtype == np.uint16 and tokens.size == size
+    enough = np.zeros(2, np.uint16)
+    for name, pair in (("train", (tokens, enough)), ("val", (enough, tokens))):
+        with pytest.raises(UserError, match=rf"text/x_{name}\.bin: the text gives {size} tokens, a data file needs 2"):
+            corpus.write_corpus(Path("text"), "x", *pair)
+    assert os.listdir("text") == []
+
+
 def test_byte_tokens():
     assert corpus.byte_tokens(["Aé", "B"]).tolist() == [0, 65, 0xC3, 0xA9, 0, 66]
 
@@ -476,6 +513,21 @@ def stories_url(server, monkeypatch):
     signal.signal(signal.SIGTERM, handler)
 
 
+@pytest.fixture
+def stories_folder(monkeypatch):
+    """SHARDS as they lie in stories/ after the download; the folder they are in."""
+    folder = Path("stories/TinyStories_all_data")
+    folder.mkdir(parents=True)
+    for name, content in SHARDS.items():
+        (folder / name).write_bytes(content)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield folder
+    signal.signal(signal.SIGTERM, handler)
+
+
+STORIES_COMMAND = [sys.executable, str(ROOT / "data" / "tinystories.py"), "-o", "stories", "--workers", "2"]
+
+
 def llmc_tokens(shard: int, place: int) -> list[int]:
     """What llm.c's process_shard makes of one shard."""
     records = list(STORIES[shard])
@@ -493,8 +545,9 @@ def test_tinystories(stories_url, workers, capsys):
     assert f"wrote stories/TinyStories_train.bin: {len(expected)} tokens\n" in capsys.readouterr().out
 
 
-def test_tinystories_download_only_then_offline(server, stories_url):
+def test_tinystories_download_only_then_offline(server, stories_url, capsys):
     tinystories.main(["-o", "stories", "--download-only"])
+    assert capsys.readouterr().out.endswith("next: python data/tinystories.py -o stories\n")
     assert sorted(os.listdir("stories")) == ["TinyStories_all_data", "TinyStories_all_data.tar.gz"]
     os.remove("stories/TinyStories_all_data.tar.gz")
     server.files.clear()
@@ -531,6 +584,129 @@ def test_bad_shard(server, stories_url, bad):
         tinystories.main(["-o", "stories", "--workers", "1"])
     assert refused.value.hint == "delete stories/TinyStories_all_data and run again"
     assert sorted(os.listdir("stories")) == ["TinyStories_all_data", "TinyStories_all_data.tar.gz"]
+
+
+BLANK = json.dumps([{"story": " \n"}, {"story": ""}]).encode()
+
+
+@pytest.mark.parametrize(
+    "bad, found",
+    [
+        (BLANK, "2 stories, all blank"),
+        (b"[]", "no stories"),
+        (b"[" * 100_000, "(RecursionError: "),
+    ],
+)
+def test_shard_without_text_or_end(stories_folder, bad, found):
+    (stories_folder / "data02.json").write_bytes(bad)
+    with pytest.raises(UserError) as refused:
+        tinystories.main(["-o", "stories", "--workers", "2"])
+    assert refused.value.message.startswith("stories/TinyStories_all_data/data02.json: ")
+    assert found in refused.value.message
+    assert sorted(os.listdir("stories")) == ["TinyStories_all_data", "TinyStories_val.bin"]
+
+
+def test_story_with_a_million_blanks(stories_folder):
+    """It ended in a hundred lines of traceback: tiktoken panics, and a worker cannot even send that."""
+    cat, long = {"story": "A cat sat."}, {"story": "one" + " " * 1_000_000 + "two"}
+    (stories_folder / "data01.json").write_text(json.dumps([cat] * 5 + [long]))
+    result = subprocess.run(STORIES_COMMAND, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    tokens = tokens_of("stories/TinyStories_train.bin")
+    start = 1 + int(np.argmax(tokens == 220))  # 220 is a blank
+    assert tokens[start - 3 : start].tolist() == [EOT, 505, 220]
+    assert (tokens[start : start + 999_998] == 220).all() and tokens[start + 999_998] == 734  # " two"
+    assert tokens.size == 5 * 5 + 1_000_002 + len(llmc_tokens(2, 1) + llmc_tokens(3, 2))
+
+
+def fails(failure, path, place):
+    """shard_tokens of a worker that comes to grief at the second shard to train on."""
+    if path.name != "data02.json":
+        return np.full(40_000, place, np.uint16)
+    if isinstance(failure, BaseException):
+        raise failure
+    return failure()
+
+
+HERE = "stories/TinyStories_all_data/data02.json: "
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers have not what the test replaces")
+@pytest.mark.parametrize(
+    "failure, message, hint",
+    [
+        (Panic("at lib.rs"), "Panic: at lib.rs", tinystories.FEWER),
+        (MemoryError("3 GB"), "out of memory 3 GB", tinystories.FEWER),
+        (AssertionError("7"), "AssertionError: 7", tinystories.FEWER),
+        (OSError(5, "Input/output error"), "OSError: [Errno 5] Input/output error", tinystories.FEWER),
+        (UserError("all wrong", "mend it", 3), None, "mend it"),
+        (lambda: lambda: 0, "AttributeError: Can't pickle local object", tinystories.FEWER),
+        (SystemExit(5), "the process that tokenised it ended with exit code 5", tinystories.FEWER),
+        (lambda: os._exit(7), "the process that tokenised it ended with exit code 7", tinystories.FEWER),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGKILL),
+            "the process that tokenised it was killed by signal 9",
+            "probably for want of memory: " + tinystories.FEWER,
+        ),
+        (
+            lambda: os.kill(os.getpid(), signal.SIGHUP),
+            "the process that tokenised it was killed by signal 1",
+            tinystories.FEWER,
+        ),
+    ],
+)
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_worker_comes_to_grief(stories_folder, monkeypatch, capfd, failure, message, hint, workers):
+    """One message that names the shard; no process, no half-written file."""
+    monkeypatch.setattr(tinystories, "shard_tokens", functools.partial(fails, failure))
+    with pytest.raises(UserError) as refused:
+        tinystories.main(["-o", "stories", "--workers", workers])
+    assert refused.value.message.startswith(HERE + message if message else "all wrong")
+    assert (refused.value.hint, refused.value.exit_code) == (hint, 1 if message else 3)
+    assert "Traceback" not in capfd.readouterr().err
+    assert multiprocessing.active_children() == []
+    assert sorted(os.listdir("stories")) == ["TinyStories_all_data", "TinyStories_val.bin"]
+
+
+@pytest.fixture
+def two_busy_workers(stories_folder):
+    """The script, and the pipes that its two workers read their shards from: they wait until these are closed."""
+    for name in ("data01.json", "data02.json"):
+        (stories_folder / name).unlink()
+        os.mkfifo(stories_folder / name)
+    listen = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(STORIES_COMMAND, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+    ends = [open(stories_folder / name, "wb") for name in ("data01.json", "data02.json")]  # waits for the reader
+    yield process, ends
+    process.kill()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("number, code, said", [(signal.SIGINT, 130, "\ninterrupted\n"), (signal.SIGTERM, 143, "")])
+def test_stopped_in_the_middle(two_busy_workers, number, code, said):
+    """It ends at once, its workers with it: they hold stderr, which would not end before them."""
+    process, ends = two_busy_workers
+    started = time.monotonic()
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == said
+    assert process.returncode == code and time.monotonic() - started < 5
+    assert sorted(os.listdir("stories")) == ["TinyStories_all_data", "TinyStories_val.bin"]
+    for end in ends:
+        with pytest.raises(BrokenPipeError):
+            end.raw.write(b"[")
+        end.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_workers_end_when_nobody_waits_for_them(two_busy_workers):
+    """After kill -9 each ends its shard, finds nobody to send it to, and goes: more tokens than a pipe holds."""
+    process, ends = two_busy_workers
+    process.kill()
+    process.wait()
+    for end in ends:
+        end.write(json.dumps([{"story": "a b " * 50_000}]).encode())
+        end.close()
+    assert process.communicate(timeout=30)[1] == ""
 
 
 def test_tinystories_without_the_disk_space(server, stories_url, monkeypatch):

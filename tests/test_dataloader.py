@@ -314,7 +314,7 @@ def test_short_shard(tmp_path):
         UserError, match=r"train_00\.bin: 24 tokens, B = 2, T = 4 in 3 processes needs at least 25"
     ) as error:
         DataLoader(pattern, B, T, nproc=3)
-    assert error.value.hint == "lower -b or -t"
+    assert error.value.hint == "lower -b or -t: B*T may be at most 7"
     pattern = write_shards(tmp_path, 3 * B * T + 1, 100)
     with DataLoader(pattern, B, T, nproc=3, rank=2) as loader:
         assert flat(loader.next_batch()) == [list(range(16, 24)), list(range(17, 25))]

@@ -306,13 +306,13 @@ def test_band_matmul(C, bandwidth, layer):
     check_op(forward, backward, inp=(N, IC), weight=(OC, IC), bias=(OC,))
 
 
-def test_take_columns():
-    inp, index = np.arange(12.0).reshape(3, 4), np.array([2, 0, 3, 1], np.int32)
-    out, back = np.empty_like(inp), np.empty_like(inp)
-    ops.take_columns(out, inp, index)
-    assert out.tolist() == [[2, 0, 3, 1], [6, 4, 7, 5], [10, 8, 11, 9]]
-    ops.take_columns(back, out, np.argsort(index).astype(np.int32))
-    assert np.array_equal(back, inp)
+def test_a_band_in_another_order_of_the_hidden_units():
+    """Row j keeps what the diagonal keeps in row place[j]."""
+    place = np.array([5, 0, 7, 2, 6, 1, 4, 3], np.int32)
+    diagonal, moved = np.ones((2, 8, 2)), np.ones((2, 8, 2))
+    ops.band_mask(diagonal, 4)
+    ops.band_mask(moved, 4, place)
+    assert np.array_equal(moved, diagonal[:, place]) and not np.array_equal(moved, diagonal)
 
 
 def test_blocks_are_chosen_by_what_they_promise():

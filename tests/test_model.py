@@ -11,6 +11,7 @@ from kernels import cpu
 from kernels.cpu.band.band_matmul import best_channels
 from llmc.checkpoint import GPT2Config, named_views, tensor_shapes
 from llmc.init import gpt2_init
+from systems.band import Band
 
 TINY = GPT2Config(maxT=6, V=11, L=2, NH=2, C=8, Vp=16)
 IN_FLOAT64 = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | {"zeros": np.zeros})
@@ -20,7 +21,7 @@ def tiny_model(B, T, *bands, dtype=np.float64) -> train_banded.GPT2:
     """A model with every parameter random, biases and layernorms too; padding rows of wte are 0, as they must be."""
     params = np.random.default_rng(1).standard_normal(gpt2_init(TINY, 1).size).astype(dtype) * 0.3
     named_views(params, tensor_shapes(TINY))["wte"][TINY.V :] = 0
-    model = train_banded.GPT2(IN_FLOAT64 if dtype == np.float64 else cpu, TINY, params, B, T, *bands)
+    model = train_banded.GPT2(IN_FLOAT64 if dtype == np.float64 else cpu, TINY, params, B, T, Band(*bands))
     model.mask_weights()
     return model
 
@@ -81,12 +82,13 @@ def test_band_products_train_as_masked_dense_ones():
     config, bands, B, T = GPT2Config(maxT=64, V=11, L=2, NH=2, C=96, Vp=16), (8, 12), 4, 64
     assert best_channels(384, 96, 8, B * T) == best_channels(96, 384, 12, B * T) == 16
     params = gpt2_init(config, 1).astype(np.float64)
-    by_blocks, masked = (train_banded.GPT2(IN_FLOAT64, config, params.copy(), B, T, *bands) for _ in range(2))
+    by_blocks, masked = (
+        train_banded.GPT2(IN_FLOAT64, config, params.copy(), B, T, Band(*bands), kernel) for kernel in ("band", "mask")
+    )
     for model in (by_blocks, masked):
         model.mask_weights()
     for t in range(1, 21):
         inputs, targets = batch(B, T, seed=t)
-        masked.masked, masked.fc1, masked.fc2 = False, 0, 0  # as before the first update of --mask-init 0
         losses = []
         for model in (by_blocks, masked):
             model.forward(inputs, targets)
@@ -161,7 +163,7 @@ def test_update_clips_and_decays():
 def test_steps_after_the_first_allocate_nothing_of_activation_size():
     """Peak of Python's allocations in a step of B*T = 256 rows: below the smallest activation, 256 x C floats."""
     config = GPT2Config(maxT=64, V=5000, L=2, NH=4, C=128, Vp=5120)
-    model = train_banded.GPT2(cpu, config, gpt2_init(config, 1), 4, 64, 256, 256)
+    model = train_banded.GPT2(cpu, config, gpt2_init(config, 1), 4, 64, Band(256, 256))
     inputs, targets = np.random.default_rng(3).integers(0, config.V, (2, 4, 64)).astype(np.int32)
 
     def step(t):

@@ -1,6 +1,8 @@
 """llmc/tokenizer.py: files, the C printing rule, and text to tokens."""
 
 import importlib.util
+import itertools
+import random
 import sys
 import tempfile
 
@@ -167,6 +169,78 @@ def test_gpt2(tmp_path, monkeypatch):
     assert encoding.encode_ordinary(text) == ids
     assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
     assert list(tmp_path.iterdir()) == []  # no cache is left behind
+
+
+# --- long runs, which tiktoken alone cannot encode
+
+
+def test_blanks_are_what_tiktoken_takes_for_blanks():
+    """Of all characters; what the pattern of an Encoding does not match is dropped."""
+    import tiktoken
+
+    singles = {bytes([byte]): byte for byte in range(256)}
+    blank = tiktoken.Encoding("blanks", pat_str=r"\s", mergeable_ranks=singles, special_tokens={})
+    characters = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
+    found = bytes(blank.encode_ordinary(characters)).decode()
+    assert "".join(tokenizer.BLANKS.findall(characters)) == found
+    assert len(found) == 25 and "\u3000" in found and "\x1c" not in found
+
+
+@pytest.mark.parametrize("part", [1, 2, 3, 7])
+def test_parts_make_no_difference(small, monkeypatch, part):
+    """Cut anywhere that a text can be cut, runs of blanks at both ends and between all kinds of pieces included."""
+    monkeypatch.setattr(tokenizer, "PART", part)
+    monkeypatch.setattr(
+        small, "tokens", [*SMALL, b"  ", b"    ", b"\n\n", b" \n", b"\xe2\x80", b" a", b"  a", b"aa", b"!!"]
+    )
+    generator, cuts = random.Random(part), 0
+    for _ in range(4000):
+        runs = generator.randrange(12)
+        text = "".join(
+            generator.choice("   \n\t\u2003\x1cab1!'s\u0301🙂é") * generator.choice((1, 1, 2, 5)) for _ in range(runs)
+        )
+        whole = small.encoding.encode_ordinary(text)
+        assert tokenizer.encode_ordinary(small.encoding, text) == whole, ascii(text)
+        cuts += len(text) > part
+    assert cuts > 2500
+
+
+def sennrich(gpt2: Tokenizer, text: str) -> list[int]:
+    """GPT-2's encoder.py (Sennrich et al. 2016): in each piece merge all pairs of lowest rank, till none is left."""
+    regex = pytest.importorskip("regex")  # which tiktoken brings along
+    ids = []
+    for piece in regex.findall(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text):
+        parts = [bytes([byte]) for byte in piece.encode()]
+        while merges := {a + b for a, b in set(itertools.pairwise(parts))} & gpt2.ranks.keys():
+            lowest, merged = min(merges, key=gpt2.ranks.get), []
+            for part in parts:
+                if merged and merged[-1] + part == lowest:
+                    merged[-1] = lowest
+                else:
+                    merged.append(part)
+            parts = merged
+        ids += [gpt2.ranks[part] for part in parts]
+    return ids
+
+
+@pytest.mark.parametrize(
+    "run, after, count",
+    [
+        (" ", "two", 1_000_002),
+        ("\u00a0", "two", 62_503),
+        (" \n", "'s", 1_000_002),
+        ("\n", "", 500_002),
+        ("a", " 1", 250_003),
+        ("\u0301", "\t\t9", 2_000_006),
+    ],
+)
+def test_a_million_of_one_kind(run, after, count):
+    """Longer than tiktoken's stack, in exactly GPT-2's tokens."""
+    gpt2 = gpt2_tokenizer()
+    text = f"one{run * (1_000_001 // len(run))}{after}"
+    ids = gpt2.encode(text)
+    assert ids == sennrich(gpt2, text)
+    assert len(ids) == count
 
 
 def test_gpt2_by_download(monkeypatch):

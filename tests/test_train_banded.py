@@ -140,7 +140,7 @@ def test_band_init_scales_each_row_to_its_fan_in(train):
     done(train("-n 1 -c again.bin", model="c.bin"))  # scaled once is enough, and remembered
     done(train("--resume c.bin -n 3"))
     assert read_model("again.bin").fields[:3] == read_model("c.bin").fields[:3] == (9, 24, 1)
-    check_refused(train("-n 1 --band-init fan-in", model="c.bin"), "c.bin", "already")
+    check_refused(train("-n 1 --band-init fan-in", model="c.bin"), "c.bin", "already", code=2)
     check_refused(train("-w 9 -n 1 --band-init fan-in --mask-init 0"), "--band-init", "--mask-init", code=2)
     check_refused(train("--resume c.bin -n 4 --band-init fan-in"), "--resume", "--band-init", code=2)
     check_refused(train("-d 1 -n 1 --band-init fan-in"), "--band-init", "no band", code=2)
@@ -475,8 +475,8 @@ def small_tokenizer():
         (model_with_experts, ["model.bin: a model with MLA or MoE", "python train_sparse_attn.py -e model.bin"]),
         (lambda: cut("model.bin", 1), ["model.bin: model file is truncated"]),
         (lambda: Path("model.bin").write_bytes(b""), ["model.bin", "found 0 bytes"]),
-        (negative_band, ["model.bin: bandwidths 16 and -4"]),
-        (negative_seed, ["model.bin", "-5", "none below 0"]),
+        (negative_band, ["model.bin: FC2 bandwidth is -4, expected 0..2147483647"]),
+        (negative_seed, ["model.bin", "is -5, expected 0..2147483647"]),
         (lambda: Path("val.bin").unlink(), ["val.bin: no such token data", "make data"]),
         (lambda: [path.unlink() for path in Path().glob("train_*")], ["train_*.bin: no such token data"]),
         (lambda: header_changed("train_01.bin", 0, 1), ["train_01.bin: not a token data file"]),

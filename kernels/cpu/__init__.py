@@ -8,7 +8,6 @@ import numpy as np
 
 from kernels.cpu.band.band_mask import band_count, band_fan_in, band_mask
 from kernels.cpu.band.band_matmul import band_matmul_backward, band_matmul_forward
-from kernels.cpu.band.take_columns import take_columns
 from kernels.cpu.blocks import num_threads
 from kernels.cpu.deepseek.expert_gather import (
     expert_combine_backward,
@@ -136,7 +135,6 @@ __all__ = [
     "sparse_attention_forward",
     "sparse_attention_mean",
     "synchronize",
-    "take_columns",
     "tf32",
     "to_device",
     "to_host",

@@ -14,7 +14,6 @@ from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
 from kernels.cpu.torus.torus_rope import torus_frequencies
 from kernels.cuda.band.band_mask import band_mask
 from kernels.cuda.band.band_matmul import band_matmul_backward, band_matmul_forward
-from kernels.cuda.band.take_columns import take_columns
 from kernels.cuda.deepseek.expert_gather import (
     expert_combine_backward,
     expert_combine_forward,
@@ -127,7 +126,6 @@ OPS = (
     sparse_attention_backward,
     sparse_attention_forward,
     sparse_attention_mean,
-    take_columns,
     torus_attention_backward,
     torus_attention_forward,
     torus_rope_backward,

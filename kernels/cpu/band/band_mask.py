@@ -30,13 +30,16 @@ def band_count(rows, columns, bandwidth):
     return sum(band_fan_in(rows, columns, bandwidth))
 
 
-def band_mask(weight, bandwidth):
-    """weight (L,4C,C) or (L,C,4C): zero what lies outside the band, in every layer, in place; contiguous."""
+def band_mask(weight, bandwidth, place=None):
+    """weight (L,4C,C) or (L,C,4C): zero what lies outside the band, in every layer, in place; contiguous.
+
+    place (rows) int32: row j keeps what row place[j] of the diagonal band would; None: its own.
+    """
     L, rows, columns = weight.shape
     flat = weight.reshape(L, rows * columns)
-    end = 0  # of the band in the rows so far; from there to the next row's band it is one stretch of memory
-    for row in range(rows):
-        start, stop = band_columns(row, rows, columns, bandwidth)
+    end = 0  # the end of the band in the rows so far; from there to the next row's band is one stretch of memory
+    for row, of_band in enumerate(range(rows) if place is None else place.tolist()):
+        start, stop = band_columns(of_band, rows, columns, bandwidth)
         flat[:, end : row * columns + start] = 0
         end = row * columns + stop
     flat[:, end:] = 0
