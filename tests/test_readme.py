@@ -49,6 +49,7 @@ LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py"}  # no 
 # without a parser: how many words they take
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
 WORDS |= {"-m kernels.cuda.runtime.roofline": 0}
+TO_BE_MADE = {"train_activation.py"}  # by the reader, as CONTRIBUTING.md tells
 OTHERS = {"-m pytest", "-m pip", "-m venv", "-m ruff"}  # programs of others
 OWN = {"theirs.txt", "TRAIN.bin", "VAL.bin"}  # what only the reader can have: output of another trainer, own data
 MAKE = re.compile(r"\bmake(?: -\w+)* ([a-z_]+)")
@@ -144,7 +145,7 @@ TEXTS |= {f"docstring of {script}": docstring(script) for script in SCRIPTS}
 def test_commands_parse(text, monkeypatch):
     """Every command names a script of ours, and flags and values that it takes."""
     for script, words, _ in commands(TEXTS[text]):
-        if "--help" not in words:
+        if "--help" not in words and script not in TO_BE_MADE:
             settings(script, words, monkeypatch)
 
 
