@@ -21,7 +21,7 @@ from kernels.cpu.deepseek.expert_plan import expert_plan, expert_rows
 from kernels.cpu.deepseek.latent_attention import latent_attention_forward
 from kernels.cpu.deepseek.mla import mla_absorb, mla_expand, mla_latent, mla_qkv_backward, mla_qkv_forward
 from kernels.cpu.deepseek.rmsnorm import rmsnorm_backward, rmsnorm_forward
-from kernels.cpu.deepseek.router import balance_loss, router_backward, router_forward
+from kernels.cpu.deepseek.router import router_backward, router_forward
 from kernels.cpu.deepseek.silu import silu_backward, silu_forward
 from kernels.cpu.gpt2.adamw import adamw_update, band_adamw_update
 from kernels.cpu.gpt2.attention import attention_backward, attention_forward
@@ -69,7 +69,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_mean",
-    "balance_loss",
     "band_adamw_update",
     "band_count",
     "band_fan_in",

@@ -26,7 +26,7 @@ from kernels.cuda.deepseek.expert_plan import expert_plan
 from kernels.cuda.deepseek.latent_attention import latent_attention_forward
 from kernels.cuda.deepseek.mla import mla_absorb, mla_expand, mla_latent, mla_qkv_backward, mla_qkv_forward
 from kernels.cuda.deepseek.rmsnorm import rmsnorm_backward, rmsnorm_forward
-from kernels.cuda.deepseek.router import balance_loss, router_backward, router_forward
+from kernels.cuda.deepseek.router import router_backward, router_forward
 from kernels.cuda.deepseek.silu import silu_backward, silu_forward
 from kernels.cuda.gpt2.adamw import adamw_update, band_adamw_update
 from kernels.cuda.gpt2.attention import attention_backward, attention_forward
@@ -69,7 +69,6 @@ OPS = (
     attention_backward,
     attention_forward,
     attention_mean,
-    balance_loss,
     band_adamw_update,
     band_mask,
     band_matmul_backward,

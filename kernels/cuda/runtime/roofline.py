@@ -134,7 +134,6 @@ ROWS_OF_TABLE = [
     Row("silu_backward_kernel", "0", "3*A*4*C", "", "8*A*4*C"),
     Row("router_forward_kernel", "0", "2*N*E + 2*A", "", "7*N*E + A*E + 4*A"),
     Row("router_backward_kernel", "0", "2*N*E + 3*A + E", "", "6*N*E + 5*A"),
-    Row("balance_loss_kernel", "0", "N*E + E", "", "2*N*E"),
     Row("expert_load_kernel", "0", "A + E", "A*E + E", "0"),
     Row("expert_place_kernel", "0", "3*A + E", "A*E + 2*A + E*E/2", "0"),
     Row("expert_gather_kernel", "0", "N*C + A*C + A", "2*A*C + A", "0"),
