@@ -8,7 +8,6 @@ from check_op import relative
 
 from kernels import cpu, cuda
 from kernels.cpu.band.band_mask import band_columns
-from kernels.cuda.gpt2.matmul import LADDER, matmul_forward_by_hand
 from llmc.errors import UserError
 
 TOL = 1e-5  # of float32 against float64, relative to the tensor's largest value
@@ -138,15 +137,6 @@ def test_column_sum(runtime, N, C, offset):
 def test_take_columns(runtime, N, C):
     index = np.random.default_rng(1).permutation(C).astype(np.int32)
     check(runtime, "take_columns", nan(N, C), rounded(N, C), index)
-
-
-@pytest.mark.parametrize("version", LADDER)
-@pytest.mark.parametrize("N, C, OC", [(1, 1, 1), (33, 20, 50), (130, 37, 131), (128, 64, 256)])
-def test_matmul_by_hand(runtime, version, N, C, OC):
-    inp, weight, bias = rounded(N, C), rounded(OC, C), rounded(OC)
-    ours = [place(runtime, array, 0) for array in (nan(N, OC), inp, weight, bias)]
-    matmul_forward_by_hand(runtime, version, *ours)
-    assert relative(runtime.to_host(ours[0]), inp @ weight.T + bias) <= TOL
 
 
 def banded(weight, bandwidth) -> np.ndarray:

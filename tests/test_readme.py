@@ -38,14 +38,14 @@ SCRIPTS = [
 ]
 SCRIPTS += [
     str(path.relative_to(ROOT))
-    for folder in ("benchmarks", "data", "experiments")
+    for folder in ("benchmarks", "data", "dev", "experiments")
     for path in sorted(ROOT.glob(f"{folder}/*.py"))
 ]
 SCRIPTS += ["tests/golden_run.py", "tests/check_gpt2.py", "tests/cuda_emulator/build.py"]
 LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py"}  # no command
 # without a parser: how many words they take
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
-WORDS |= {"-m kernels.cuda.roofline": 0}
+WORDS |= {"-m kernels.cuda.runtime.roofline": 0}
 OTHERS = {"-m pytest", "-m pip", "-m venv", "-m ruff"}  # programs of others
 OWN = {"theirs.txt", "TRAIN.bin", "VAL.bin"}  # what only the reader can have: output of another trainer, own data
 MAKE = re.compile(r"\bmake(?: -\w+)* ([a-z_]+)")
