@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kernels.cpu.band.band_adamw import band_adamw_update
 from kernels.cpu.band.band_mask import band_count, band_fan_in, band_mask
 from kernels.cpu.band.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cpu.band.take_columns import take_columns
@@ -23,7 +24,7 @@ from kernels.cpu.deepseek.mla import mla_absorb, mla_expand, mla_latent, mla_qkv
 from kernels.cpu.deepseek.rmsnorm import rmsnorm_backward, rmsnorm_forward
 from kernels.cpu.deepseek.router import router_backward, router_forward
 from kernels.cpu.deepseek.silu import silu_backward, silu_forward
-from kernels.cpu.gpt2.adamw import adamw_update, band_adamw_update
+from kernels.cpu.gpt2.adamw import adamw_update
 from kernels.cpu.gpt2.attention import attention_backward, attention_forward
 from kernels.cpu.gpt2.column_sum import column_sum
 from kernels.cpu.gpt2.encoder import encoder_backward, encoder_forward
@@ -33,6 +34,7 @@ from kernels.cpu.gpt2.global_norm import global_norm
 from kernels.cpu.gpt2.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
 from kernels.cpu.gpt2.matmul import matmul_backward, matmul_forward
 from kernels.cpu.gpt2.residual import residual_forward
+from kernels.cpu.sparse.attention_mean import attention_mean
 from kernels.cpu.sparse.fused_kl import fused_kl
 from kernels.cpu.sparse.indexer import (
     indexer_gathered_backward,
@@ -48,7 +50,6 @@ from kernels.cpu.sparse.rope import rope_backward, rope_forward
 from kernels.cpu.sparse.row_entropy import row_entropy
 from kernels.cpu.sparse.select_topk import select_topk
 from kernels.cpu.sparse.sparse_attention import (
-    attention_mean,
     sparse_attention_backward,
     sparse_attention_forward,
     sparse_attention_mean,

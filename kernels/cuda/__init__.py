@@ -12,6 +12,7 @@ from kernels.cpu.sparse.keep_controller import keep_controller_init
 from kernels.cpu.sparse.upstream_controller import upstream_controller_init, upstream_controller_shapes
 from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
 from kernels.cpu.torus.torus_rope import torus_frequencies
+from kernels.cuda.band.band_adamw import band_adamw_update
 from kernels.cuda.band.band_mask import band_mask
 from kernels.cuda.band.band_matmul import band_matmul_backward, band_matmul_forward
 from kernels.cuda.band.take_columns import take_columns
@@ -28,7 +29,7 @@ from kernels.cuda.deepseek.mla import mla_absorb, mla_expand, mla_latent, mla_qk
 from kernels.cuda.deepseek.rmsnorm import rmsnorm_backward, rmsnorm_forward
 from kernels.cuda.deepseek.router import router_backward, router_forward
 from kernels.cuda.deepseek.silu import silu_backward, silu_forward
-from kernels.cuda.gpt2.adamw import adamw_update, band_adamw_update
+from kernels.cuda.gpt2.adamw import adamw_update
 from kernels.cuda.gpt2.attention import attention_backward, attention_forward
 from kernels.cuda.gpt2.column_sum import column_sum
 from kernels.cuda.gpt2.encoder import encoder_backward, encoder_forward
@@ -38,6 +39,7 @@ from kernels.cuda.gpt2.global_norm import global_norm
 from kernels.cuda.gpt2.layernorm import fused_residual_forward, layernorm_backward, layernorm_forward
 from kernels.cuda.gpt2.matmul import matmul_backward, matmul_forward
 from kernels.cuda.gpt2.residual import residual_forward
+from kernels.cuda.sparse.attention_mean import attention_mean
 from kernels.cuda.sparse.fused_kl import fused_kl
 from kernels.cuda.sparse.indexer import (
     indexer_gathered_backward,
@@ -53,7 +55,6 @@ from kernels.cuda.sparse.rope import rope_backward, rope_forward
 from kernels.cuda.sparse.row_entropy import row_entropy
 from kernels.cuda.sparse.select_topk import select_topk
 from kernels.cuda.sparse.sparse_attention import (
-    attention_mean,
     sparse_attention_backward,
     sparse_attention_forward,
     sparse_attention_mean,

@@ -1,4 +1,4 @@
-"""Attention over selected keys, and attention's probabilities averaged over heads (DeepSeek-V3.2, sparse attention).
+"""Attention over selected keys, and its probabilities averaged over heads (DeepSeek-V3.2, sparse attention).
 
     s[t,j] = q_t . k_u / sqrt(hs),  u = index[t,j];   a[t,j] = exp(s[t,j] - lse[t]);   out_t = sum_j a[t,j] v_u
 
@@ -18,7 +18,6 @@ from kernels.cpu.gpt2.attention import (
     QUERIES,
     attend,
     attend_backward,
-    causal_scores,
     for_heads,
     for_queries,
     head_groups,
@@ -26,6 +25,7 @@ from kernels.cpu.gpt2.attention import (
     scaled_scores,
     split,
 )
+from kernels.cpu.sparse.attention_mean import head_sum
 
 # which form is faster, measured on 2 cores (AVX-512) for T from 256 to 4096, C from 64 to 768, heads of 64. for a key,
 # meeting it costs the masked backward pass HEAD_NS a head and CHANNEL_NS a channel, and the gathered one, forward and
@@ -55,28 +55,6 @@ def sparse_attention_backward(dqkv, dout, qkv, out, lse, index, count, NH):
     form(dqkv, dout, qkv, out, lse, index, NH)
 
 
-def attention_mean(p, qkv, lse, NH, first, start=0):
-    """p (B,R,S) = mean over heads of exp(q_t . k_s / sqrt(hs) - lse[t]) for s <= t, 0 for s > t, t = first + r.
-
-    qkv (B,T,3C), lse (B,NH,Tq) of attention over all s <= t, row 0 at position start; S >= first + R.
-    """
-    B, R, _ = p.shape
-    scale = 1 / sqrt(qkv.shape[2] // 3 // NH)
-
-    def queries(b, now, end):
-        q, k, _ = split(qkv[b], NH)
-        mean = p[b, now - first : end - first]
-        mean[...] = 0
-        for h in head_groups(b.stop - b.start, NH, end - now, end):
-            s = causal_scores(q[:, h, now:end], k[:, h, :end], now, scale)
-            s -= lse[b, h, now - start : end - start, None]
-            np.exp(s, out=s)
-            mean[..., :end] += _head_sum(s)
-        mean[..., :end] /= NH
-
-    for_queries(queries, B, NH, first + R, first)
-
-
 def sparse_attention_mean(p, qkv, lse, index, count, NH):
     """p (B,T,K) = mean over heads of exp(q_t . k_s / sqrt(hs) - lse[t]) for key s = index[b,t,j], 0 where that is -1.
 
@@ -95,14 +73,6 @@ def _gathers(qkv, index, NH, backward=False):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # masked
-
-
-def _head_sum(s):
-    """(B,n,t,keys) -> (B,t,keys), in scratch where n > 1"""
-    if s.shape[1] == 1:
-        return s[:, 0]
-    total = scratch("attention_head_sum", (s.shape[0], *s.shape[2:]), s.dtype)
-    return np.add.reduce(s, axis=1, out=total)
 
 
 def _mask(index, end, dtype):
@@ -176,7 +146,7 @@ def _masked_mean(p, qkv, lse, index, NH):
             s += mask[:, None]
             s -= lse[b, h, first:end, None]
             np.exp(s, out=s)
-            total += _head_sum(s)
+            total += head_sum(s)
         mean = p[b, first:end]
         rows = keys * np.arange(total.shape[0] * (end - first)).reshape(total.shape[0], -1, 1)
         np.take(total.reshape(-1), np.maximum(chosen, 0) + rows, out=mean, mode="clip")

@@ -13,7 +13,7 @@ from math import pi
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, rows_per_block
-from kernels.cpu.sparse.rope import BASE, pairs
+from kernels.cpu.rotation import BASE, pairs
 
 
 def torus_frequencies(kind, hd, D, P):

@@ -1,12 +1,11 @@
 """Launchers of sparse_attention.cu, with attention_delta_kernel of attention.cu and inverse_lists.cu."""
 
-from kernels.cuda.runtime.grid import THREADS, ceil_div, warp_a_row
+from kernels.cuda.runtime.grid import THREADS, warp_a_row
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 from llmc.errors import UserError
 
 HEAD_SIZES = (64, 128)  # that there are kernels for
 KEY_THREADS = 128  # of a block of sparse_attention_dkdv
-TILE = 64  # of attention_mean: queries and keys
 
 
 def sparse_attention_forward(cuda, out, lse, qkv, index, count, NH, start=0):
@@ -29,14 +28,6 @@ def sparse_attention_backward(cuda, dqkv, dout, qkv, out, lse, index, count, NH)
     cuda.launch(f"sparse_attention_dq_{size}_kernel", *warp_a_row(rows), args)
     args = (dqkv, dout, qkv, lse, delta, *inverse_lists(cuda, index, count), T, NH, hs, K)
     cuda.launch(f"sparse_attention_dkdv_{size}_kernel", rows, KEY_THREADS, args)
-
-
-def attention_mean(cuda, p, qkv, lse, NH, first, start=0):
-    """As kernels.cpu.sparse.sparse_attention.attention_mean."""
-    B, R, S = p.shape
-    T, hs = qkv.shape[1], qkv.shape[2] // 3 // NH
-    grid = (ceil_div(S, TILE), ceil_div(R, TILE), B)
-    cuda.launch("attention_mean_kernel", grid, THREADS, (p, qkv, lse, T, NH, hs, R, S, first, start))
 
 
 def sparse_attention_mean(cuda, p, qkv, lse, index, count, NH):
