@@ -6,6 +6,7 @@ from check_op import relative
 from test_cuda_kernels import check, nan, place, rounded
 
 from kernels import cpu, cuda
+from kernels.cuda.torus import depth_fusion
 from llmc.errors import UserError
 
 SIZES = [  # N, NH, D, hd, offset
@@ -36,7 +37,7 @@ def test_depth_fusion(runtime, N, NH, D, hd, offset, depth_major):
 
 
 def test_blocks_that_take_several_tiles(emulator, monkeypatch):
-    monkeypatch.setattr(cuda.depth_fusion, "BLOCKS", 3)
+    monkeypatch.setattr(depth_fusion, "BLOCKS", 3)
     for D, hd in ((2, 32), (40, 4)):
         inp, dout, omega = rounded(150, 2 * D * hd), rounded(150, 2 * D * hd, seed=1), rounded(D, D)
         check(emulator, "depth_fusion_forward", nan(*inp.shape), inp, omega, 2)

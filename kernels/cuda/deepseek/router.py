@@ -3,7 +3,7 @@
 from kernels.cuda.runtime.grid import warp_a_row
 from llmc.errors import UserError
 
-MAX_EXPERTS = 1024  # a lane of a warp keeps a bit for each of its own
+MAX_EXPERTS = 1024  # a lane of a warp keeps its 32 experts as the bits of an int
 
 
 def router_forward(cuda, probs, gates, experts, logits):

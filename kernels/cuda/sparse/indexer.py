@@ -4,8 +4,8 @@ from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
-RANGE = 256  # keys that a block of indexer_scores_dq meets
-GATHERED_THREADS = 128
+RANGE = 256  # keys of a block of indexer_scores_dq
+GATHERED_THREADS = 128  # the most threads of a block that has one query
 
 
 def indexer_scores_forward(cuda, scores, q, k, w, scale, first, start=0):
