@@ -173,9 +173,10 @@ class _Gathered:
         self.b, self.t = np.divmod(np.arange(begin, stop), Tq)
         chosen = index.reshape(B * Tq, -1)[begin:stop]
         self.padding = (chosen < 0)[:, None]  # (R,1,K)
-        self.keys = 3 * (np.maximum(chosen, 0) + T * self.b[:, None]) + 1  # (R,K); padding is key 0, with weight 0
+        tokens = np.maximum(chosen, 0) + T * self.b[:, None]  # (R,K); padding is key 0, with weight 0
+        self.value_rows = 3 * tokens + 2
         self.q = self._take("sparse_attention_q", 3 * (T * self.b + self.t + start)[:, None])  # (R,NH,1,hs)
-        self.k = self._take("sparse_attention_k", self.keys)  # (R,NH,K,hs)
+        self.k = self._take("sparse_attention_k", 3 * tokens + 1)  # (R,NH,K,hs)
 
     def _take(self, key, rows):
         taken = scratch(key, (*rows.shape, self.thirds.shape[1]), self.thirds.dtype)
@@ -184,13 +185,12 @@ class _Gathered:
 
     def values(self):
         """(R,NH,K,hs)"""
-        self.keys += 1
-        return self._take("sparse_attention_v", self.keys)
+        return self._take("sparse_attention_v", self.value_rows)
 
     def scores(self):
         """(R,NH,K), -inf in the padding"""
         hs = self.q.shape[3]
-        s = scratch("sparse_attention_scores", (len(self.b), self.NH, self.keys.shape[1]), self.q.dtype)
+        s = scratch("sparse_attention_scores", (len(self.b), self.NH, self.k.shape[2]), self.q.dtype)
         np.matmul(self.q, self.k.swapaxes(2, 3), out=s[:, :, None])
         s *= 1 / sqrt(hs)
         np.copyto(s, -np.inf, where=self.padding)
