@@ -1,4 +1,4 @@
-"""kernels/device.py: both devices are what Device lists, ops are in the files of their names, and shelves stay apart."""
+"""kernels/device.py: both devices are what Device lists, ops are in files of their names, and shelves stay apart."""
 
 import ast
 import inspect
@@ -135,3 +135,22 @@ def test_kernels_of_a_shelf_are_launched_by_it_and_gpt2s_by_all():
         if shelf in SHELVES:
             for kernel in re.findall(r'cuda\.launch\(\s*"(\w+)"', path.read_text()):
                 assert source.kernels()[kernel].path.parent.name in (shelf, "gpt2"), (path, kernel)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the table of kernels/README.md
+
+
+def table() -> str:
+    """A row for each shelf: the files that hold its ops."""
+    rows = []
+    for shelf in SHELVES:
+        files = {op.__module__.split(".")[3] for op in cuda.OPS.values() if op.__module__.split(".")[2] == shelf}
+        rows.append(f"| {shelf} | {', '.join(f'[{file}](cpu/{shelf}/{file}.py)' for file in sorted(files))} |\n")
+    return "".join(rows)
+
+
+def test_the_readme_lists_todays_ops():
+    text = (KERNELS / "README.md").read_text()
+    found = text[text.index("|---|---|\n") + len("|---|---|\n") :].partition("\n\n")[0] + "\n"
+    assert found == table()
