@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from kernels.cpu.band.band_mask import band_mask
+from kernels.cpu.band.band_mask import band_count, band_fan_in, band_mask
 from llmc import errors, loop, options, table
 from llmc.checkpoint import (
     BANDED,
@@ -145,7 +145,7 @@ def rescale_to_fan_in(device, args: Namespace, file: Model, bands: tuple[int, in
     for name, bandwidth in zip(("fcw", "fcprojw"), bands):
         if bandwidth:
             weight = named_views(file.params, tensor_shapes(file.config))[name]  # (L,OC,C)
-            kept = np.array(device.band_fan_in(*weight.shape[1:], bandwidth))
+            kept = np.array(band_fan_in(*weight.shape[1:], bandwidth))
             if args.permute and name == "fcw":
                 kept = kept[hidden_order(file.config, args.permute, drawn_by)[1]]
             weight *= np.sqrt(weight.shape[2] / np.maximum(kept, 1)).astype(np.float32)[:, None]
@@ -191,7 +191,7 @@ def print_masks(device, args: Namespace, config: GPT2Config, bands: tuple[int, i
     two = has_two_bands(args, bands)
     for (name, size), bandwidth in zip(sizes.items(), bands):
         if bandwidth:
-            kept = device.band_count(*size, bandwidth)
+            kept = band_count(*size, bandwidth)
             density = f"bandwidth={bandwidth}, density={100 * kept / full:.1f}%"
             print(f"| {name} banded mask       | {density}                       |")
             print(f"| {name} connections       | {L * kept} / {L * full} (per layer: {kept} / {full})              |")

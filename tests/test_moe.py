@@ -6,6 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu
 from kernels.cpu.deepseek.expert_matmul import alike_rows
+from kernels.cpu.deepseek.expert_plan import expert_rows
 
 STEP = 1e-5  # of the central difference
 
@@ -24,7 +25,7 @@ def router(logits, top):
 
 def plan(experts, E):
     """slot, source, tile_expert, load"""
-    rows, tile = cpu.expert_rows(*experts.shape, E)
+    rows, tile = expert_rows(*experts.shape, E)
     slot, source = np.full(experts.shape, 99, np.int32), np.full(rows, 99, np.int32)
     tile_expert, load = np.full(rows // tile, 99, np.int32), np.full(E, 99, np.int32)
     cpu.expert_plan(slot, source, tile_expert, load, experts)
@@ -164,7 +165,7 @@ def test_router_of_large_logits_is_finite():
     "N, top, E", [(1, 1, 1), (1, 2, 4), (3, 2, 4), (63, 1, 4), (64, 2, 4), (1000, 8, 256), (1024, 2, 4)]
 )
 def test_expert_rows_are_enough_for_any_choice(N, top, E):
-    rows, tile = cpu.expert_rows(N, top, E)
+    rows, tile = expert_rows(N, top, E)
     assert tile == min(64, 1 << (N.bit_length() - 1)) and rows % tile == 0
     load = np.zeros(E, int)  # the worst: as many experts as possible with one row more than whole tiles
     load[: min(E, N * top)] = 1
@@ -182,7 +183,7 @@ def test_plan(N, E, top, taken):
     allowed = rng.permutation(E)[:taken]  # the other experts have no tokens
     experts = np.stack([rng.permutation(allowed)[:top] for _ in range(N)]).astype(np.int32)
     slot, source, tile_expert, load = plan(experts, E)
-    rows, tile = cpu.expert_rows(N, top, E)
+    rows, tile = expert_rows(N, top, E)
     assert load.tolist() == [int((experts == e).sum()) for e in range(E)]
     assert source[slot].tolist() == np.arange(N * top).reshape(N, top).tolist()
     assert (source >= 0).sum() == N * top and len(source) == rows

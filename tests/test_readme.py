@@ -18,7 +18,7 @@ import pytest
 
 from data.starter_pack import SIZES as STARTER_PACK
 from experiments import readme_figures
-from kernels import cpu
+from kernels.cpu.band.band_mask import band_count
 from llmc.cli import ArgumentParser
 from llmc.errors import UserError
 from llmc.tokenizer import BYTE_VOCAB
@@ -458,7 +458,7 @@ def test_density_table():
     assert len(widths) == 5 and len(rows) == 4
     for C, *densities in rows:
         for width, density in zip(widths, densities):
-            kept = cpu.band_count(4 * int(C), int(C), width) / (4 * int(C) ** 2)
+            kept = band_count(4 * int(C), int(C), width) / (4 * int(C) ** 2)
             assert density == f"{100 * kept:.1f}%"
 
 

@@ -6,14 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-# ruff: noqa: F401
-from kernels.cpu.band.band_mask import band_count, band_fan_in
 from kernels.cpu.blocks import num_threads
-from kernels.cpu.deepseek.expert_plan import expert_rows
-from kernels.cpu.sparse.keep_controller import keep_controller_init
-from kernels.cpu.sparse.upstream_controller import upstream_controller_init, upstream_controller_shapes
-from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
-from kernels.cpu.torus.torus_rope import torus_frequencies
 from kernels.device import NAMES, ops_on_shelves
 
 globals().update(ops_on_shelves("cpu"))
