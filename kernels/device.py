@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 SHELVES = ("gpt2", "band", "sparse", "deepseek", "torus")
-Array = Any  # of the device: NumPy's, CuPy's or the emulator's
+Array = Any  # an array of the device: NumPy's, CuPy's or the emulator's
 
 
 class Device(Protocol):
@@ -29,7 +29,7 @@ class Device(Protocol):
     tf32: bool  # whether products round their operands to TF32
 
     def describe(self) -> str:
-        """What the parameter table shows as the device."""
+        """The device's name in the parameter table."""
 
     def memory_used(self) -> int:
         """Bytes in use: by this process on the CPU, by all processes on a GPU."""

@@ -16,7 +16,7 @@ tf32 = False  # products never round their operands
 
 
 def describe() -> str:
-    """What the parameter table shows as the device."""
+    """The device's name in the parameter table."""
     return f"CPU, NumPy {np.__version__}, {num_threads()} threads"
 
 
@@ -51,7 +51,7 @@ def to_host(array: np.ndarray) -> np.ndarray:
 
 
 def to_host_later(array: np.ndarray) -> Callable[[], np.ndarray]:
-    """What gives `array` in NumPy when called, without keeping the device from what follows; here the array itself."""
+    """A function that gives `array` in NumPy; the device meanwhile goes on. Here it gives the array itself."""
     return lambda: array
 
 

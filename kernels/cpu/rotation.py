@@ -20,7 +20,8 @@ def _turns(T, rotated, dtype, back):
 
 def turns(start, stop, rotated, dtype, back=False):
     """e^(i angle), e^(-i angle) if back, of positions start..stop-1: complex (stop-start,rotated/2), to suit dtype."""
-    positions = 1 << (stop - 1).bit_length()  # so few tables, although a decoder comes with another `stop` each time
+    # a power of 2 keeps the tables few, although a decoder comes with another `stop` each time
+    positions = 1 << (stop - 1).bit_length()
     return _turns(positions, rotated, dtype, back)[start:stop]
 
 

@@ -34,7 +34,7 @@ def band_mask(weight, bandwidth):
     """weight (L,4C,C) or (L,C,4C): zero what lies outside the band, in every layer, in place; contiguous."""
     L, rows, columns = weight.shape
     flat = weight.reshape(L, rows * columns)
-    end = 0  # of the band in the rows so far; from there to the next row's band it is one stretch of memory
+    end = 0  # where the band of the rows so far ends; up to the next row's band memory is one stretch
     for row in range(rows):
         start, stop = band_columns(row, rows, columns, bandwidth)
         flat[:, end : row * columns + start] = 0

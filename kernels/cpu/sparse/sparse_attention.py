@@ -5,8 +5,8 @@
 Query t of a sequence meets the keys index[t,0..count[t]-1], the same for all heads, whatever their positions; behind
 them index is -1. Two forms give the same numbers, of which _gathers picks the faster one: the masked form meets all
 keys as dense attention does, with -inf for what is not selected; the gathered form copies the selected rows of k and v
-together, a block of queries at a time. Neither asks what the lists hold, except how far they reach; their ends are told
-by the -1, count is for the GPU.
+together, a block of queries at a time. Neither asks what the lists hold, except how far they reach. Where a list
+ends, its -1 say; the GPU reads count instead.
 """
 
 from math import sqrt
@@ -27,7 +27,7 @@ from kernels.cpu.gpt2.attention import (
 )
 from kernels.cpu.sparse.attention_mean import head_sum
 
-# which form is faster, measured on 2 cores (AVX-512) for T from 256 to 4096, C from 64 to 768, heads of 64. for a key,
+# times of both forms, measured on 2 cores (AVX-512) for T from 256 to 4096, C from 64 to 768, heads of 64. for a key,
 # meeting it costs the masked backward pass HEAD_NS a head and CHANNEL_NS a channel, and the gathered one, forward and
 # backward, 19 to 34 times as much; this has KEY_NS of Python for each token on top when it goes backward
 HEAD_NS, CHANNEL_NS = 1.8, 0.05
@@ -272,7 +272,7 @@ def _sequence_backward(dqkv, dout, qkv, out, lse, index, NH):
     q, weights = qkv.reshape(3 * T, C), weights.reshape(T * K, 2, NH)
     most = max(1, TAKEN // C)
 
-    # in one thread: the products are small, and two would wait for each other's interpreter lock
+    # one thread does this: the products are small, and two would wait for each other's interpreter lock
     begin = 0
     while begin < T:
         end = begin + 1  # keys whose queries are taken together: one, or as many as fit
@@ -281,7 +281,7 @@ def _sequence_backward(dqkv, dout, qkv, out, lse, index, NH):
         mine = pairs[offsets[begin] : offsets[end]]
         m = len(mine)
         w = scratch("sparse_attention_key_weights", (m, 2, NH), qkv.dtype)
-        rows = scratch("sparse_attention_key_rows", (2, m, C), qkv.dtype)  # of q and dout
+        rows = scratch("sparse_attention_key_rows", (2, m, C), qkv.dtype)  # rows of q and of dout
         np.take(weights, mine, axis=0, out=w, mode="clip")
         mine = mine // K
         np.take(dout, mine, axis=0, out=rows[1], mode="clip")

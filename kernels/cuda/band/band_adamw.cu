@@ -1,8 +1,8 @@
 // band_adamw.cu: AdamW on the band of banded weights (kernels/cpu/band/band_adamw.py; update_adamw of common.cuh)
 //
 //   v1 adamw.cu on all of it        most of what it reads and writes is zero
-//   v2 one warp a row (this)        visits the columns inside the band, which it works out by itself: what lies outside,
-//                                   zero in all four, is not read
+//   v2 one warp a row (this)        visits the columns inside the band, which it works out by itself; outside all
+//                                   four are zero and stay so
 
 // params, grads, m, v (L,rows,columns); a warp for each of the L * rows rows
 extern "C" __global__ void __launch_bounds__(256)

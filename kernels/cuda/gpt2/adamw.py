@@ -12,6 +12,6 @@ def adamw_update(cuda, params, grads, m, v, t, lr, beta1, beta2, eps, weight_dec
 
 
 def rates(t, lr, beta1, beta2, eps, weight_decay, grad_scale):
-    """What a kernel needs of the settings at update t, the bias corrections folded in as on the CPU."""
+    """AdamwRates of common.cuh at update t: the settings, with the bias corrections folded in as on the CPU."""
     c1, c2 = 1 - beta1**t, sqrt(1 - beta2**t)
     return lr * c2 / c1, 1.0 - beta1, 1.0 - beta2, eps * c2, lr * weight_decay, grad_scale

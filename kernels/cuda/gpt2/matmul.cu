@@ -1,6 +1,6 @@
-// matmul.cu: what a fully connected layer needs besides cuBLAS (kernels/cpu/gpt2/matmul.py): the bias, added to a product
+// matmul.cu: a fully connected layer's bias, added to cuBLAS's product (kernels/cpu/gpt2/matmul.py)
 //
-// Products are cuBLAS's, bias gradients column_sum.cu's. dev/matmul_ladder.cu goes from one thread an output to tiles.
+// Bias gradients are column_sum.cu's. dev/matmul_ladder.cu goes from one thread an output to tiles.
 
 // out (N,OC) += bias (OC)
 extern "C" __global__ void __launch_bounds__(256)

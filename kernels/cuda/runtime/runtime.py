@@ -94,7 +94,7 @@ class Runtime:
         try:
             self._open(tf32)
             self._probe()
-        except Exception as error:  # of whatever kind: it cannot be used
+        except Exception as error:  # any error means that the GPU cannot be used
             raise NoDevice(f"{self.name}: {one_line(error)}") from error
 
     def _open(self, tf32: bool):

@@ -85,7 +85,7 @@ __device__ __forceinline__ void forward_query(float* out, float* lse, const floa
         }
     }
 
-    float largest = top;  // of all groups: the first one has a key
+    float largest = top;  // the largest of all groups, of which the first one has a key
 #pragma unroll
     for (int step = LANES; step < WARP; step *= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, step));

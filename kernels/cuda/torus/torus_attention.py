@@ -3,7 +3,7 @@
 from kernels.cuda.runtime.grid import THREADS, TILE_THREADS, ceil_div, padded_head, warp_a_row
 
 ROWS = {16: 64, 32: 64, 64: 64, 128: 32}  # padded size of a platter: queries or keys of a tile
-PLATTER = "{} channels a platter"  # what must fit it
+PLATTER = "{} channels a platter"  # what padded_head's error calls the size
 
 
 def torus_attention_forward(cuda, out, lse, qkv, a_s, a_d, NH, D, P, window=-1, wrap_depth=0, causal=1, start=0):
@@ -23,7 +23,7 @@ def torus_attention_backward(
     B, T, C3 = qkv.shape
     hd = C3 // 3 // NH // D
     size, platters = padded_head("torus_attention_backward", hd, ROWS, PLATTER), B * T * NH * D
-    delta = cuda.scratch("attention_delta", (B, NH * D, T))  # of attention.cu: to it a platter is a head
+    delta = cuda.scratch("attention_delta", (B, NH * D, T))  # attention_delta_kernel takes a platter for a head
     cuda.launch("attention_delta_kernel", *warp_a_row(platters), (delta, dout, out, T, NH * D, hd, platters))
     tiles = ceil_div(T * D, ROWS[size])
     partial = cuda.scratch("torus_attention_partial", (2, NH, B * tiles))
