@@ -28,6 +28,9 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.deepseek.expert_plan import expert_rows
+from kernels.cpu.sparse.keep_controller import keep_controller_init
+from kernels.cpu.sparse.upstream_controller import upstream_controller_init
 from llmc import errors, loop, options, table
 from llmc.checkpoint import (
     DENSE,
@@ -133,11 +136,11 @@ def extra_init(device, file: Model, s: Sparsity, path: str, seed: int) -> np.nda
             values[...] = 1
         elif name == "controller":
             for layer in values:
-                layer[...] = device.upstream_controller_init(config.C, generator)
+                layer[...] = upstream_controller_init(config.C, generator)
     if "ctlw1" in views:
         names = ("ctlw1", "ctlb1", "ctlw2", "ctlb2")
         for l in range(config.L):
-            start = device.keep_controller_init(generator)
+            start = keep_controller_init(generator)
             for name, values in named_views(start, {name: views[name].shape[1:] for name in names}).items():
                 views[name][l] = values
     for name, values in named_views(file.extra, extra_shapes(config, read_sparsity(file, path))).items():
@@ -186,7 +189,7 @@ class GPT2:
             shapes |= dict(qa=(N, c.q_rank), qn=(N, c.q_rank), q_rrms=(N,), kva=(N, c.kv_rank + c.R))
             shapes |= dict(kvn=(N, c.kv_rank), kv_rrms=(N,))
         if self.moe:
-            rows, tile = self.ops.expert_rows(N, c.top, c.E)
+            rows, tile = expert_rows(N, c.top, c.E)
             shapes |= dict(probs=(N, c.E), gates=(N, c.top), experts=(N, c.top), slot=(N, c.top), source=(rows,))
             shapes |= dict(tile_expert=(rows // tile,), load=(c.E,), exh=(rows, c.F), exy=(rows, C))
         else:
@@ -209,7 +212,7 @@ class GPT2:
         if self.mla:
             shapes |= dict(q=(N, c.C), kv=(N, c.NH * (2 * c.C // c.NH - c.R)))
         if self.moe:
-            rows, _ = self.ops.expert_rows(N, c.top, c.E)
+            rows, _ = expert_rows(N, c.top, c.E)
             shapes |= dict(router=(N, c.E), exi=(rows, c.C), exa=(rows, c.F), balance=(1,))
         return shapes
 

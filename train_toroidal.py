@@ -30,6 +30,8 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.torus.fusion_matrix import fusion_init
+from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc import errors, loop, options, table
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, any_int, flag01, natural, natural_float, positive_int
@@ -102,7 +104,7 @@ def extra_init(device, file: Model, torus: Torus, seed: int) -> np.ndarray:
     for i in range(len(torus.layers)):
         views["lams"][i] = views["lamd"][i] = torus.lam
         if factors(torus):
-            pair = device.fusion_init(FUSIONS.index(torus.fusion), torus.depth, torus.rank, generator)
+            pair = fusion_init(FUSIONS.index(torus.fusion), torus.depth, torus.rank, generator)
             views["fuse1"][i], views["fuse2"][i] = pair
     return flat
 
@@ -157,7 +159,7 @@ class GPT2:
         """The length of the ring, and the rotary embedding's frequencies, which depend on it."""
         s, self.period, self.rotations = self.torus, period, None
         if s.rope != "none" and s.layers and not self.control:
-            pair = self.ops.torus_frequencies(s.rope, self.config.C // self.config.NH // s.depth, s.depth, period)
+            pair = torus_frequencies(s.rope, self.config.C // self.config.NH // s.depth, s.depth, period)
             self.rotations = tuple(self.ops.to_device(each.astype(self.params_flat.dtype)) for each in pair)
 
     @property

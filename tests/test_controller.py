@@ -5,8 +5,8 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
-from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, TYPICAL
-from kernels.cpu.sparse.upstream_controller import upstream_controller_shapes
+from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, TYPICAL, keep_controller_init
+from kernels.cpu.sparse.upstream_controller import upstream_controller_init, upstream_controller_shapes
 
 
 def features_of(x, maxT, parts=None) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ def test_prefix_features_in_parts_have_the_bits_of_one_call(B, T, C, dtype):
 
 def controller(seed=0, dtype=np.float64) -> tuple[np.ndarray, ...]:
     """w1, b1, w2, b2"""
-    flat = ops.keep_controller_init(np.random.default_rng(seed)).astype(dtype)
+    flat = keep_controller_init(np.random.default_rng(seed)).astype(dtype)
     return flat[:80].reshape(16, 5), flat[80:96], flat[96:112].reshape(1, 16), flat[112:]
 
 
@@ -140,7 +140,7 @@ def test_keep_controller_starts_at_one_half():
         weights = controller(seed, np.float32)
         _, kappa, hidden = forward(TYPICAL[None, None], *weights)
         assert abs(kappa[0, 0] - 0.5) < 1e-6 and 0 < (hidden > 0).sum() < HIDDEN
-    flat = np.array([ops.keep_controller_init(np.random.default_rng(seed)) for seed in range(50)])
+    flat = np.array([keep_controller_init(np.random.default_rng(seed)) for seed in range(50)])
     assert flat.shape == (50, 113) and flat.dtype == np.float32
     assert abs(flat[:, :80].std() - 0.3) < 0.02 and abs(flat[:, 96:112].std() - 0.3) < 0.03 and not flat[:, 80:96].any()
 
@@ -220,7 +220,7 @@ def views(flat, C) -> dict[str, np.ndarray]:
 
 
 def test_upstream_parameters():
-    params = ops.upstream_controller_init(256, np.random.default_rng(0))
+    params = upstream_controller_init(256, np.random.default_rng(0))
     assert params.shape == (313_596,) and params.dtype == np.float32
     p = views(params, 256)
     counts = {}
@@ -242,7 +242,7 @@ def test_upstream_parameters():
 @pytest.mark.parametrize("T, published, exact", [(64, 17, 17.45), (128, 35, 35.05), (256, 70, 70.25)])
 def test_upstream_k_before_training(T, published, exact):
     """Published 17, 35 and 70. The closed form has c = 1/2; drawn weights move k by about one."""
-    params = ops.upstream_controller_init(256, np.random.default_rng(0))
+    params = upstream_controller_init(256, np.random.default_rng(0))
     p = views(params, 256)
     for name in ("length2_weight", "combiner_weight", "position2_weight"):
         p[name][...] = 0
@@ -250,7 +250,7 @@ def test_upstream_k_before_training(T, published, exact):
     assert abs(closed - exact) < 0.01
     assert k_of(normalised(2, T, 256), params) == [published] * 2
     found = [
-        k_of(normalised(1, T, 256, seed=seed), ops.upstream_controller_init(256, np.random.default_rng(seed)))[0]
+        k_of(normalised(1, T, 256, seed=seed), upstream_controller_init(256, np.random.default_rng(seed)))[0]
         for seed in range(9)
     ]
     print(f"T = {T}: k = {found}")
@@ -303,7 +303,7 @@ def upstream_controller_size(C) -> int:
 @pytest.mark.parametrize("T, least, most", [(1, 1, 1), (2, 1, 1), (5, 1, 4), (40, 4, 36)])
 def test_upstream_limits(T, least, most):
     """A tenth to nine tenths of T, and 1 to T - 1."""
-    params = ops.upstream_controller_init(8, np.random.default_rng(9))
+    params = upstream_controller_init(8, np.random.default_rng(9))
     for base, expected in ((0.0, least), (1e6, most)):
         views(params, 8)["base"][...] = base
         assert k_of(normalised(2, T, 8), params) == [expected] * 2
@@ -312,7 +312,7 @@ def test_upstream_limits(T, least, most):
 def test_upstream_is_not_causal_and_mixes_the_batch():
     """Why it is for reproduction alone: a last token changes k of all before it, a row that of its neighbour."""
     C, T = 256, 256
-    params = ops.upstream_controller_init(C, np.random.default_rng(10))
+    params = upstream_controller_init(C, np.random.default_rng(10))
     p = views(params, C)
     p["combiner_weight"][...] = 0.1
     x = normalised(2, T, C)

@@ -5,6 +5,7 @@ import pytest
 from test_cuda_kernels import check, nan, place, rounded
 
 from kernels import cpu, cuda
+from kernels.cpu.sparse.upstream_controller import upstream_controller_init
 
 
 def weights(seed=0) -> tuple[np.ndarray, ...]:
@@ -154,6 +155,6 @@ def test_gradients_have_the_same_bits_twice(runtime):
 
 
 def test_upstream_controller(runtime):
-    params = cpu.upstream_controller_init(8, np.random.default_rng(0)).astype(np.float64)
+    params = upstream_controller_init(8, np.random.default_rng(0)).astype(np.float64)
     check(runtime, "upstream_controller", np.full((2, 50), -1, np.int32), rounded(2, 50, 8), params)
     check(runtime, "upstream_controller", np.full((2, 50), -1, np.int32), rounded(2, 50, 8), params, 64)

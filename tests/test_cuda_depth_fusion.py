@@ -6,6 +6,8 @@ from check_op import relative
 from test_cuda_kernels import check, nan, place, rounded
 
 from kernels import cpu, cuda
+from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
+from kernels.cuda.torus import depth_fusion
 from llmc.errors import UserError
 
 SIZES = [  # N, NH, D, hd, offset
@@ -36,7 +38,7 @@ def test_depth_fusion(runtime, N, NH, D, hd, offset, depth_major):
 
 
 def test_blocks_that_take_several_tiles(emulator, monkeypatch):
-    monkeypatch.setattr(cuda.depth_fusion, "BLOCKS", 3)
+    monkeypatch.setattr(depth_fusion, "BLOCKS", 3)
     for D, hd in ((2, 32), (40, 4)):
         inp, dout, omega = rounded(150, 2 * D * hd), rounded(150, 2 * D * hd, seed=1), rounded(D, D)
         check(emulator, "depth_fusion_forward", nan(*inp.shape), inp, omega, 2)
@@ -49,7 +51,7 @@ def test_identity_is_exact(runtime, D):
     device, inp = cuda.device(runtime), rounded(9, 48).astype(np.float32)
     inp[0, :3] = 0, -0.0, np.float32(1e-30)
     out, ours, omega = (place(runtime, x, 0) for x in (nan(9, 48), inp, nan(D, D)))
-    device.fusion_matrix_forward(omega, None, None, cpu.FUSIONS.index("identity"))
+    device.fusion_matrix_forward(omega, None, None, FUSIONS.index("identity"))
     device.depth_fusion_forward(out, ours, omega, 3)
     assert (runtime.to_host(out) == inp).all()
     assert D > 1 or runtime.to_host(out).tobytes() == inp.tobytes()
@@ -69,9 +71,9 @@ def test_rows_are_independent_bit_for_bit(runtime, D):
 
 
 @pytest.mark.parametrize("D, rank", [(1, 1), (2, 1), (5, 3), (8, 8), (33, 2), (128, 32)])
-@pytest.mark.parametrize("name", cpu.FUSIONS)
+@pytest.mark.parametrize("name", FUSIONS)
 def test_fusion_matrix(runtime, name, D, rank):
-    mode = cpu.FUSIONS.index(name)
+    mode = FUSIONS.index(name)
     width = {"attention": D, "low_rank": rank, "low_rank_residual": rank}.get(name)
     first, second = (rounded(D, width, seed=i) if width else None for i in range(2))
     check(runtime, "fusion_matrix_forward", nan(D, D), first, second, mode)
@@ -92,8 +94,8 @@ def test_fusions_at_the_start(runtime):
         ("low_rank_residual", 4, np.eye(4)),
         ("mean", 3, np.full((3, 3), np.float32(1 / 3))),
     ):
-        mode = device.FUSIONS.index(name)
-        factors = device.fusion_init(mode, D, 1, np.random.default_rng(1))
+        mode = FUSIONS.index(name)
+        factors = fusion_init(mode, D, 1, np.random.default_rng(1))
         omega = place(runtime, nan(D, D), 0)
         factors = [None if factor is None else runtime.to_device(factor) for factor in factors]
         device.fusion_matrix_forward(omega, *factors, mode)
@@ -101,7 +103,7 @@ def test_fusions_at_the_start(runtime):
 
 
 def test_attention_of_large_scores(runtime):
-    device, mode = cuda.device(runtime), cpu.FUSIONS.index("attention")
+    device, mode = cuda.device(runtime), FUSIONS.index("attention")
     omega, first, second = (place(runtime, x, 0) for x in (nan(8, 8), 300 * rounded(8, 8), rounded(8, 8, seed=1)))
     device.fusion_matrix_forward(omega, first, second, mode)
     assert relative(runtime.to_host(omega).sum(axis=1), np.ones(8)) < 1e-6

@@ -5,6 +5,7 @@ import pytest
 from test_cuda_kernels import check, nan, rounded
 
 from kernels import cpu, cuda
+from kernels.cpu.deepseek.expert_plan import expert_rows
 from llmc.errors import UserError
 
 
@@ -22,7 +23,7 @@ def routed(N, E, top, seed=0):
 
 def planned(experts, E):
     """slot, source, tile_expert, load"""
-    rows, tile = cpu.expert_rows(*experts.shape, E)
+    rows, tile = expert_rows(*experts.shape, E)
     outs = whole(*experts.shape), whole(rows), whole(rows // tile), whole(E)
     cpu.expert_plan(*outs, experts)
     return outs
@@ -55,7 +56,6 @@ def test_router(runtime, N, E, top, offset):
     for balance in (0.0, 3.0 * N):  # so large that its part counts
         args = rounded(N, top, seed=1), probs, gates, experts, load, balance
         check(runtime, "router_backward", nan(N, E), *args, offset=offset)
-    check(runtime, "balance_loss", nan(1), probs, load, offset=offset)
 
 
 def test_router_of_ties_and_of_what_is_no_number(runtime):
@@ -113,7 +113,6 @@ def test_plan(runtime, N, E, top, taken, offset):
     device.expert_plan(*ours, runtime.to_device(experts))
     for array, twin in zip(ours, expected):
         assert np.array_equal(runtime.to_host(array), twin)
-    assert device.expert_rows(N, top, E) == cpu.expert_rows(N, top, E)
 
 
 @pytest.mark.parametrize("N, E, top, C, offset", [
@@ -174,7 +173,7 @@ def test_no_bit_of_a_token_depends_on_the_others(runtime, N, C, F):
     def layer(x):
         """out, slot"""
         x, wg, w1, w2 = (runtime.to_device(a.astype(np.float32)) for a in (x, given["wg"], given["w1"], given["w2"]))
-        rows, tile = device.expert_rows(N, top, E)
+        rows, tile = expert_rows(N, top, E)
         logits, probs, gates = runtime.zeros((N, E)), runtime.zeros((N, E)), runtime.zeros((N, top))
         experts, slot = runtime.zeros((N, top), np.int32), runtime.zeros((N, top), np.int32)
         source, tile_expert = runtime.zeros(rows, np.int32), runtime.zeros(rows // tile, np.int32)

@@ -195,7 +195,7 @@ def test_cublas_takes_what_we_pass(cublas):
 
 def test_a_gpu_that_is_not_there_is_no_device(cupy):
     """Real CuPy without a GPU, which is hidden where there is one; the driver made to look as if it showed one."""
-    code = "from kernels.cuda import runtime; runtime.check_driver = lambda: None; runtime.Runtime()"
+    code = "from kernels.cuda.runtime import runtime; runtime.check_driver = lambda: None; runtime.Runtime()"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
@@ -210,7 +210,7 @@ def test_cupy_is_imported_from_a_home_that_cannot_be_written(cupy):
         words = [sys.executable, "-c", code]
         return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
-    ours = run("from kernels.cuda import runtime; print(runtime.open_cache()[0], runtime.import_cupy().__name__)")
+    ours = run("from kernels.cuda.runtime import runtime as r; print(r.open_cache()[0], r.import_cupy().__name__)")
     assert ours.returncode == 0 and ours.stdout.endswith(" cupy\n"), ours
     expected = f"{os.devnull}/.cupy/kernel_cache cannot be written; set CUPY_CACHE_DIR"
     assert ours.stderr == f"compiling kernels in every run: {expected}\n"
@@ -320,7 +320,8 @@ def test_runtime_uses_no_more_of_cupy_than_it_says():
 
 def test_launchers_ask_a_runtime_for_what_both_runtimes_have():
     used = set()
-    for path in (path for path in RUNTIME.parent.glob("*.py") if path.name not in ("runtime.py", "compile.py")):
+    folder = RUNTIME.parents[1]
+    for path in {*folder.rglob("*.py")} - {*RUNTIME.parent.glob("*.py")}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 used |= {node.attr} if node.value.id in ("cuda", "runtime") else set()
@@ -393,7 +394,7 @@ def fake(monkeypatch, tmp_path, driver_says):
     for name, text in PLANTED.items():
         (tmp_path / name).write_text(text)
     planted = source.kernels(tmp_path)
-    monkeypatch.setattr(runtime_module.source, "kernels", lambda: planted)
+    monkeypatch.setattr(runtime_module.source, "kernels", lambda *_: planted)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     runtime_module.open_cache.cache_clear()
     driver_says()
@@ -911,8 +912,7 @@ def test_errors_on_a_gpu(real, tmp_path, monkeypatch):
     """40 KiB of static and 16 of dynamic shared memory, and a file that is not CUDA."""
     (tmp_path / "large.cu").write_text(BAD)
     (tmp_path / "wrong.cu").write_text(BAD.replace("large", "wrong").replace("held[N", "nowhere[N"))
-    planted = source.kernels(tmp_path)
-    monkeypatch.setattr(runtime_module.source, "kernels", lambda: planted)
+    monkeypatch.setattr(real, "_kernels", source.kernels(tmp_path))
     out = real.zeros(32)
     with pytest.raises(CudaError, match=r"large_kernel<<<.*, 16384>>>\(out=float32.*CUDA_ERROR_INVALID_VALUE"):
         real.launch("large_kernel", 1, 32, (out, 0), shared_mem=16384)

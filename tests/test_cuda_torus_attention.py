@@ -6,6 +6,7 @@ from check_op import relative
 from test_cuda_kernels import check, nan, place, rounded
 
 from kernels import cpu, cuda
+from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc.errors import UserError
 
 
@@ -141,14 +142,14 @@ def test_a_platter_that_is_too_wide_is_refused(emulator):
     (1, 3, 2, 2, 32, 1024, 100_000, 0),
 ])  # fmt: skip
 def test_torus_rope(runtime, kind, B, T, NH, D, hd, P, start, offset):
-    w, f = (x.astype(np.float32).astype(np.float64) for x in cpu.torus_frequencies(kind, hd, D, P))
+    w, f = (x.astype(np.float32).astype(np.float64) for x in torus_frequencies(kind, hd, D, P))
     for op in ("torus_rope_forward", "torus_rope_backward"):
         check(runtime, op, rounded(B, T, 3 * NH * D * hd), w, f, NH, D, P, start, offset=offset, tol=1e-6)
 
 
 def test_whole_frequencies_are_periodic_to_the_bit_at_large_positions(runtime):
     device, P, NH, D, hd = cuda.device(runtime), 1000, 1, 2, 8
-    w, f = (place(runtime, x, 0) for x in cpu.torus_frequencies("int", hd, D, P))
+    w, f = (place(runtime, x, 0) for x in torus_frequencies("int", hd, D, P))
     results = []
     for start in (7, 7 + 10**6):
         qkv = place(runtime, rounded(1, 3, 3 * NH * D * hd), 0)

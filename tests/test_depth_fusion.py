@@ -5,8 +5,9 @@ import pytest
 from check_op import check_op, relative
 
 from kernels import cpu as ops
+from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
 
-MODES = {name: mode for mode, name in enumerate(ops.FUSIONS)}
+MODES = {name: mode for mode, name in enumerate(FUSIONS)}
 RANK = {1: 1, 2: 1, 3: 2, 4: 3, 8: 2}
 
 
@@ -18,7 +19,7 @@ def matrix_of(mode, D, first=None, second=None, dtype=np.float64):
 
 def drawn(mode, D, rank, seed=0):
     """fusion_init's factors in float64."""
-    factors = ops.fusion_init(mode, D, rank, np.random.default_rng(seed))
+    factors = fusion_init(mode, D, rank, np.random.default_rng(seed))
     return [None if factor is None else factor.astype(np.float64) for factor in factors]
 
 
@@ -29,12 +30,12 @@ def fused(inp, omega, NH, depth_major=0):
 
 
 def test_names():
-    assert ops.FUSIONS == ("identity", "mean", "low_rank", "low_rank_residual", "attention")
+    assert FUSIONS == ("identity", "mean", "low_rank", "low_rank_residual", "attention")
 
 
 @pytest.mark.parametrize("depth_major", [0, 1])
 @pytest.mark.parametrize("D", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("name", ops.FUSIONS)
+@pytest.mark.parametrize("name", FUSIONS)
 def test_gradients(name, D, depth_major):
     """inp and, where there are any, both factors; what was in dfirst and dsecond stays, dinp is overwritten."""
     mode, N, NH, hd = MODES[name], 5, 3, 2
@@ -106,7 +107,7 @@ def test_one_platter_returns_the_bits(dtype):
     """With every kind of zero and what is no number."""
     inp = np.array([[0.0, -0.0, 1e-42, np.inf], [-np.inf, np.nan, -3.5, 1 / 3]], dtype)
     for name in ("identity", "mean", "low_rank", "low_rank_residual", "attention"):
-        first, second = ops.fusion_init(MODES[name], 1, 1, np.random.default_rng(3))
+        first, second = fusion_init(MODES[name], 1, 1, np.random.default_rng(3))
         out = fused(inp, matrix_of(MODES[name], 1, first, second, dtype), 2)
         assert out.tobytes() == inp.tobytes(), name
 
@@ -152,7 +153,7 @@ def test_low_rank_at_the_start(D, rank):
 
 def test_low_rank_of_one_platter_starts_as_exactly_one():
     for seed in range(20):  # half of the Gaussians are negative
-        first, second = ops.fusion_init(MODES["low_rank"], 1, 1, np.random.default_rng(seed))
+        first, second = fusion_init(MODES["low_rank"], 1, 1, np.random.default_rng(seed))
         assert matrix_of(MODES["low_rank"], 1, first, second, np.float32).tolist() == [[1.0]]
 
 
@@ -170,7 +171,7 @@ def test_rows_of_attention_sum_to_one(D):
 def test_parameter_counts(D, rank):
     counts = {"identity": 0, "mean": 0, "low_rank": 2 * D * rank, "low_rank_residual": 2 * D * rank}
     for name, count in (counts | {"attention": 2 * D * D}).items():
-        factors = ops.fusion_init(MODES[name], D, rank, np.random.default_rng(0))
+        factors = fusion_init(MODES[name], D, rank, np.random.default_rng(0))
         if count:
             assert sum(factor.size for factor in factors) == count
             assert all(factor.dtype == np.float32 and len(factor) == D for factor in factors)
@@ -183,7 +184,7 @@ def test_parameter_counts(D, rank):
 def test_a_rank_outside_1_to_D_is_refused(rank):
     for name in ("low_rank", "low_rank_residual"):
         with pytest.raises(ValueError, match=f"rank {rank} of a fusion of 4 platters, expected 1 to 4"):
-            ops.fusion_init(MODES[name], 4, rank, np.random.default_rng(0))
+            fusion_init(MODES[name], 4, rank, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("D", [1, 2, 8])

@@ -6,7 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu as ops
 from kernels.cpu import blocks
-from kernels.cpu.band.band_mask import band_columns
+from kernels.cpu.band.band_mask import band_columns, band_count
 from kernels.cpu.band.band_matmul import best_channels, blocks_of_band
 from kernels.cpu.blocks import PARALLEL_BYTES
 from kernels.cpu.gpt2 import attention
@@ -258,7 +258,7 @@ def test_band_mask_is_the_formula_for_every_bandwidth(C):
         ops.band_mask(fc2, bandwidth)
         expected = kept_by_formula(C, bandwidth)
         assert (fc1 == expected).all() and (fc2 == expected.T).all()
-        assert ops.band_count(4 * C, C, bandwidth) == ops.band_count(C, 4 * C, bandwidth) == expected.sum()
+        assert band_count(4 * C, C, bandwidth) == band_count(C, 4 * C, bandwidth) == expected.sum()
         assert expected.all() == (bandwidth >= 8 * C - 2)
 
 
@@ -267,7 +267,7 @@ def test_band_counts():
     counts = {(128, 256): 28768, (128, 512): 49216, (128, 128): 15472, (128, 64): 8056, (128, 1024): 65536}
     counts |= {(128, 1): 128, (512, 1024): 459136, (512, 256): 127456, (768, 256): 193248, (1024, 512): 508864}
     for (C, bandwidth), count in counts.items():
-        assert ops.band_count(4 * C, C, bandwidth) == count
+        assert band_count(4 * C, C, bandwidth) == count
 
 
 def test_band_mask_leaves_plus_zero_and_the_band_untouched():

@@ -6,6 +6,7 @@ from check_op import check_op, relative
 
 from kernels import cpu
 from kernels.cpu.deepseek.expert_matmul import alike_rows
+from kernels.cpu.deepseek.expert_plan import expert_rows
 
 STEP = 1e-5  # of the central difference
 
@@ -24,7 +25,7 @@ def router(logits, top):
 
 def plan(experts, E):
     """slot, source, tile_expert, load"""
-    rows, tile = cpu.expert_rows(*experts.shape, E)
+    rows, tile = expert_rows(*experts.shape, E)
     slot, source = np.full(experts.shape, 99, np.int32), np.full(rows, 99, np.int32)
     tile_expert, load = np.full(rows // tile, 99, np.int32), np.full(E, 99, np.int32)
     cpu.expert_plan(slot, source, tile_expert, load, experts)
@@ -43,14 +44,13 @@ class Layer:
         rows = len(self.source)
         self.rows, self.y = (np.full((rows, C), np.nan, dtype) for _ in range(2))
         self.hidden, self.act = (np.full((rows, F), np.nan, dtype) for _ in range(2))
-        self.out, balance = np.full((N, C), np.nan, dtype), np.full(1, np.nan, dtype)
+        self.out = np.full((N, C), np.nan, dtype)
         cpu.expert_gather(self.rows, x, self.source, top)
         cpu.expert_matmul_forward(self.hidden, self.rows, w1, self.tile_expert)
         cpu.silu_forward(self.act, self.hidden)
         cpu.expert_matmul_forward(self.y, self.act, w2, self.tile_expert)
         cpu.expert_combine_forward(self.out, self.y, self.gates, self.slot)
-        cpu.balance_loss(balance, self.probs, self.load)
-        self.balance = balance[0]
+        self.balance = E * self.probs.mean(axis=0) @ self.load / self.load.sum()  # the balance loss
 
     def backward(self, dout, balance):
         """dx, dwg, dw1, dw2 of sum(dout * out) + balance * the balance loss"""
@@ -161,21 +161,11 @@ def test_router_of_large_logits_is_finite():
     assert probs.tolist() == [[1, 0, 0]] and gates.tolist() == [[1, 0]]
 
 
-def test_balance_loss_is_one_for_equal_shares_and_E_for_one_expert():
-    out = np.zeros(1, np.float32)
-    cpu.balance_loss(out, np.full((6, 4), 0.25, np.float32), np.array([3, 3, 3, 3], np.int32))
-    assert out[0] == 1
-    probs = np.zeros((6, 4), np.float32)
-    probs[:, 2] = 1
-    cpu.balance_loss(out, probs, np.array([0, 0, 6, 0], np.int32))
-    assert out[0] == 4
-
-
 @pytest.mark.parametrize(
     "N, top, E", [(1, 1, 1), (1, 2, 4), (3, 2, 4), (63, 1, 4), (64, 2, 4), (1000, 8, 256), (1024, 2, 4)]
 )
 def test_expert_rows_are_enough_for_any_choice(N, top, E):
-    rows, tile = cpu.expert_rows(N, top, E)
+    rows, tile = expert_rows(N, top, E)
     assert tile == min(64, 1 << (N.bit_length() - 1)) and rows % tile == 0
     load = np.zeros(E, int)  # the worst: as many experts as possible with one row more than whole tiles
     load[: min(E, N * top)] = 1
@@ -193,7 +183,7 @@ def test_plan(N, E, top, taken):
     allowed = rng.permutation(E)[:taken]  # the other experts have no tokens
     experts = np.stack([rng.permutation(allowed)[:top] for _ in range(N)]).astype(np.int32)
     slot, source, tile_expert, load = plan(experts, E)
-    rows, tile = cpu.expert_rows(N, top, E)
+    rows, tile = expert_rows(N, top, E)
     assert load.tolist() == [int((experts == e).sum()) for e in range(E)]
     assert source[slot].tolist() == np.arange(N * top).reshape(N, top).tolist()
     assert (source >= 0).sum() == N * top and len(source) == rows

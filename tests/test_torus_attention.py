@@ -7,6 +7,7 @@ from check_op import check_op, gradient_error, relative
 from kernels import cpu as ops
 from kernels.cpu.torus import torus_attention
 from kernels.cpu.torus.torus_attention import depth_distance, ring_distance
+from kernels.cpu.torus.torus_rope import torus_frequencies
 
 
 def forward(qkv, a_s, a_d, D, P, window=-1, wrap_depth=0, causal=1, start=0):
@@ -229,7 +230,7 @@ def shifted(kind, causal=0):
     """Largest difference between the output of rolled inputs and the rolled output, and the largest output."""
     B, T, NH, D, hd, turn = 1, 16, 2, 2, 8, 5
     qkv, a_s, a_d = inputs(B, T, NH, D, hd)
-    w, f = ops.torus_frequencies(kind, hd, D, T)
+    w, f = torus_frequencies(kind, hd, D, T)
 
     def layer(x):
         x = x.copy()
@@ -255,7 +256,7 @@ def test_without_a_mask_the_layer_turns_with_the_ring_if_frequencies_are_whole()
 )
 def test_rotation_by_its_formula_and_back(kind, B, T, NH, D, hd, P, start):
     qkv = inputs(B, T, NH, D, hd)[0]
-    w, f = ops.torus_frequencies(kind, hd, D, P)
+    w, f = torus_frequencies(kind, hd, D, P)
     turned = qkv.copy()
     ops.torus_rope_forward(turned, w, f, NH, D, P, start)
     x, y = (each.reshape(B, T, 3, NH, D, hd) for each in (qkv, turned))
@@ -271,7 +272,7 @@ def test_rotation_by_its_formula_and_back(kind, B, T, NH, D, hd, P, start):
 
 
 def test_whole_frequencies_are_periodic_at_any_position():
-    qkv, (w, f) = inputs(1, 6, 2, 4, 8)[0].astype(np.float32), ops.torus_frequencies("int", 8, 4, 24)
+    qkv, (w, f) = inputs(1, 6, 2, 4, 8)[0].astype(np.float32), torus_frequencies("int", 8, 4, 24)
     w, f = w.astype(np.float32), f.astype(np.float32)
     near, far = qkv.copy(), qkv.copy()
     ops.torus_rope_forward(near, w, f, 2, 4, 24, 3)
@@ -282,21 +283,21 @@ def test_whole_frequencies_are_periodic_at_any_position():
 @pytest.mark.parametrize("hd, D", [(64, 1), (32, 2), (16, 4), (8, 8), (4, 16), (40, 2)])
 def test_frequencies(hd, D):
     P = 256
-    w, f = ops.torus_frequencies("int", hd, D, P)
+    w, f = torus_frequencies("int", hd, D, P)
     assert np.array_equal(w, w.astype(int)) and np.array_equal(f, f.astype(int)) and w.min() == 1
     assert w[0] == round(P / (2 * np.pi)) and set(f) == set(range(min(D, hd // 2)))
-    w, f = ops.torus_frequencies("orth", hd, D, P)
+    w, f = torus_frequencies("orth", hd, D, P)
     assert abs(w @ f) < 1e-12 * (w @ w) and abs(w @ w - f @ f) < 1e-12 * (w @ w)
-    w, f = ops.torus_frequencies("upstream", hd, D, P)
+    w, f = torus_frequencies("upstream", hd, D, P)
     expected = 1, 10000 ** (-2 / hd), 1, 10000 ** (-2 / (hd * max(2 * D, 3)))
     assert np.allclose([*w[:2], *f[:2]], expected, rtol=1e-14, atol=0)
 
 
 def test_published_depth_frequencies():
-    assert np.round(ops.torus_frequencies("orth", 32, 2, 256)[1][:3], 3).tolist() == [-0.345, 0.121, 0.341]
+    assert np.round(torus_frequencies("orth", 32, 2, 256)[1][:3], 3).tolist() == [-0.345, 0.121, 0.341]
 
 
 @pytest.mark.parametrize("kind, hd", [("int", 3), ("upstream", 1), ("orth", 2), ("orth", 5), ("int", 0), ("rope", 8)])
 def test_frequencies_that_do_not_exist(kind, hd):
     with pytest.raises(ValueError, match=f"rope '?{kind}'?"):
-        ops.torus_frequencies(kind, hd, 2, 16)
+        torus_frequencies(kind, hd, 2, 16)
