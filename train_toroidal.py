@@ -31,20 +31,29 @@ from typing import Any, NamedTuple
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
+from kernels.cpu.torus.fusion_matrix import FUSIONS
 from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc import errors, loop, options, table
 from llmc.buffers import allocate, first_of, flat_buffer, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
-from llmc.cli import ArgumentParser, any_int, flag01, natural, natural_float, positive_int, refuse
+from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
 from llmc.errors import UserError
-from llmc.init import gpt2_init
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
-from llmc.rand import normals
 from llmc.schedulers import learning_rate
 from llmc.state import TrainState
-from systems.torus import MODES, ROPES, Torus, choose_torus, extra_shapes, factor_shape, print_torus
+from systems.torus import (
+    ATTENTION,
+    Torus,
+    add_flags,
+    choose_torus,
+    extra_init,
+    extra_shapes,
+    factor_shape,
+    print_torus,
+    replace_attention,
+    trained_shapes,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -61,25 +70,7 @@ Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM
 
 def arguments() -> ArgumentParser:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
-    add = parser.add_argument_group("toroidal attention (kept in the file: not for one that is toroidal)").add_argument
-    add("--layers", default="0", help="layers to replace: 0,6 or first:N, last:N, none")
-    add("--depth", type=positive_int, help="platters D that a head is cut into (default: 2, 1 for an odd head size)")
-    add("--period", type=positive_int, help="positions P of the ring (default: -t)")
-    add("--lambda", type=natural_float, default=1.0, help="weight of the distance, of sequence and of depth")
-    add("--learn-lambda", type=flag01, default=False, help="1: learn it, for each head, sequence and depth apart")
-    add("--rope", choices=ROPES, default="none", help="rotary embedding: int (periodic), upstream, orth")
-    add("--fusion", choices=FUSIONS, default="low_rank_residual", help="of platters: " + ", ".join(FUSIONS))
-    add("--fusion-rank", type=positive_int, help="of low_rank and low_rank_residual (default: D/4, at least 1)")
-    add("--window", type=any_int, default=-1, help="largest distance on the ring that attends, -1: any")
-    add("--wrap-depth", type=flag01, default=False, help="1: depth is a ring, too")
-    add("--mode", choices=MODES, default="causal", help="upstream: as published, every token sees all others")
-    add(
-        "--init",
-        choices=("copy", "random"),
-        default="copy",
-        help="attention of the replaced layers: the file's, or random",
-    )
-    add("--control", type=flag01, default=False, help="1: leave the layers' attention as it is, train the same weights")
+    add_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--train", choices=("replaced", "all"), default="replaced", help="what learns: the replaced attention, or all")
     add("--epochs", type=positive_int, default=1, help="of the training data, if -n does not name the steps")
@@ -92,33 +83,8 @@ def arguments() -> ArgumentParser:
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
-ATTENTION = ("qkvw", "qkvb", "attprojw", "attprojb")  # the tensors that learn of a layer whose attention alone learns
-
 # gradients that a matrix product writes in an update's first micro-step; all others are added to, from zero
 WRITTEN = ("wte", "qkvw", "attprojw", "fcw", "fcprojw")
-
-
-def extra_init(file: Model, torus: Torus, seed: int) -> np.ndarray:
-    """The values of lambda and of the fusion's factors, flat: the file's if it is toroidal, else new ones."""
-    if file.kind == TOROIDAL:
-        return file.extra
-    shapes, generator = extra_shapes(file.config, torus), normals(seed)
-    flat = np.zeros(sum(map(math.prod, shapes.values())), np.float32)
-    views = named_views(flat, shapes)
-    for i in range(len(torus.layers)):
-        views["lams"][i] = views["lamd"][i] = torus.lam
-        if factor_shape(torus):
-            first, second = fusion_init(FUSIONS.index(torus.fusion), torus.depth, torus.rank, generator)
-            views["fuse1"][i], views["fuse2"][i] = first, second
-    return flat
-
-
-def replace_attention(file: Model, layers: tuple[int, ...], seed: int) -> None:
-    """--init random: GPT-2's random initialisation for the attention of these layers, in place."""
-    shapes = tensor_shapes(file.config)
-    ours, drawn = named_views(file.params, shapes), named_views(gpt2_init(file.config, seed), shapes)
-    for name in ATTENTION:
-        ours[name][list(layers)] = drawn[name][list(layers)]
 
 
 def largest(layers: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
@@ -139,50 +105,27 @@ class GPT2:
     """The model on a device: one flat float32 buffer for all parameters; gradients, m and v for what learns.
 
     torus: the replaced layers, none in the control arm. learns: None for all parameters, or the layers whose attention
-    learns, and with it lambda and fusion of the replaced layers. Lambda learns only if the torus says so.
+    learns, and with it lambda and fusion of the replaced layers. params: flat, GPT-2's 16 tensors, then `extra_shapes`.
+    recompute: all layers share one layer's activations, each keeps its output alone, and backward runs it again.
     """
 
     def __init__(
-        self,
-        device,
-        config: GPT2Config,
-        torus: Torus,
-        params: np.ndarray,
-        B: int,
-        T: int,
-        learns: tuple[int, ...] | None = None,
-        recompute: bool = False,
+        self, device, config: GPT2Config, torus: Torus, params: np.ndarray, B: int, T: int, learns=None, recompute=False
     ):
-        """params: flat, GPT-2's 16 tensors and then those of `extra_shapes`. recompute: see forward."""
         self.ops, self.config, self.torus, self.B, self.T = device, config, torus, B, T
         self.learns, self.recompute = learns, recompute
         self.lowest = 0 if learns is None else min(learns, default=config.L)  # the last layer that backward visits
-        self.extra = extra_shapes(config, torus)
-        self.shapes = tensor_shapes(config) | self.extra
+        self.shapes = tensor_shapes(config) | extra_shapes(config, torus)
+        self.trained = trained_shapes(config, torus, learns)
+        self.num_trained = sum(map(math.prod, self.trained.values()))
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
-        self.trained = self._trained_shapes()
         self.fusion, self.has_factors = FUSIONS.index(torus.fusion), factor_shape(torus) is not None
-        self.omega = device.zeros((len(torus.layers), torus.depth, torus.depth))  # by which the platters mix
-        self.causal, self.wrap_depth = int(torus.causal), int(torus.wrap_depth)  # as the ops take them
-        self.depth_major = 1 - self.causal  # channels behind the fusion: as published, or as GPT-2's projection expects
+        self.omega = device.zeros((len(torus.layers), torus.depth, torus.depth))  # mix the platters of a layer
+        self.causal, self.wrap_depth = int(torus.causal), int(torus.wrap_depth)  # ints, for the ops
+        self.depth_major = 1 - self.causal  # order of channels behind the fusion: published, else GPT-2's
         self.ring = self._ring(torus.period if torus.causal else T)
         self.acts = self.layers = self.grads_flat = self.m_flat = self.v_flat = self.decoder = None
-        self.text = []  # what extend has seen, for a ring as long as that
-
-    def _trained_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that learn; a tensor of GPT-2 only over the layers that do, if these are named."""
-        fixed = () if self.torus.learn_lambda else ("lams", "lamd")
-        trained = {}
-        for name, shape in self.shapes.items():
-            if name in self.extra or self.learns is None:
-                trained |= {name: shape} if name not in fixed else {}
-            elif name in ATTENTION:
-                trained[name] = (len(self.learns), *shape[1:])
-        return trained
-
-    @property
-    def num_trained(self) -> int:
-        return sum(map(math.prod, self.trained.values()))
+        self.text = []  # tokens that extend has seen, for a ring as long as the text
 
     def _ring(self, period: int) -> Ring:
         s = self.torus
@@ -230,8 +173,9 @@ class GPT2:
     def activation_bytes(self, recompute: bool) -> int:
         """What forward keeps for backward, logits included."""
         layers = [self._layer_shapes(l, self.B, self.T) for l in range(self.config.L)]
-        sizes = [sum(map(math.prod, shapes.values())) for shapes in (*layers, self._shapes())]
-        return 4 * (sizes.pop() + (max(sizes) if recompute else sum(sizes)))
+        sizes = [sum(map(math.prod, shapes.values())) for shapes in layers]
+        rest = sum(map(math.prod, self._shapes().values()))
+        return 4 * (rest + (max(sizes) if recompute else sum(sizes)))
 
     def _allocate_activations(self) -> None:
         B, T = self.B, self.T
@@ -249,7 +193,6 @@ class GPT2:
         """inputs, targets (B,T) int32 -> logits; with targets, losses, which mean_loss fetches.
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
-        With recompute all layers share one layer's activations, each keeps its output alone, and backward runs it again.
         """
         ops, p, L, N = self.ops, self.params, self.config.L, self.B * self.T
         if self.acts is None:
@@ -257,7 +200,7 @@ class GPT2:
         a = self.acts
         ops.copy_in(self.inputs, inputs)
         ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
-        self._mix()
+        self._fusion_matrices()
         for l in range(L):
             self._layer(l, self.layers[l], a.residual3[l], self._residual(l), self.ring, 0)
         ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, self._residual(L), p.lnfw, p.lnfb)
@@ -275,7 +218,7 @@ class GPT2:
         """The residual stream (N,C) in front of layer l, for l = L the last."""
         return self.acts.residual3[l - 1] if l else self.acts.encoded
 
-    def _mix(self) -> None:
+    def _fusion_matrices(self) -> None:
         """omega (D,D) of each replaced layer, from its factors if the fusion has any."""
         p = self.params
         for i in range(len(self.torus.layers)):
@@ -283,11 +226,11 @@ class GPT2:
             self.ops.fusion_matrix_forward(self.omega[i], first, second, self.fusion)
 
     def _layer(self, l: int, v: SimpleNamespace, out, residual, ring: Ring, start: int) -> None:
-        """Layer l at positions start..start+T-1: out (N,C) from residual (N,C), N = B*T, other activations to v.
+        """Layer l at positions start..start+T-1: out (N,C) from residual (N,C), N = B*T; other activations to v.
 
-        v.qkv (B,start+T,3C) holds queries, keys and values of the positions before start already.
+        out may be residual; v.qkv (B,start+T,3C) holds queries, keys and values of the positions before start already.
         """
-        ops, p, s, NH = self.ops, self.params, self.torus, self.config.NH
+        ops, p, s, NH, D = self.ops, self.params, self.torus, self.config.NH, self.torus.depth
         N, C = residual.shape
         ops.layernorm_forward(v.ln1, v.ln1_mean, v.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
         qkv = v.qkv[:, start:]  # (B,T,3C)
@@ -295,12 +238,11 @@ class GPT2:
         if l in s.layers:
             i = s.layers.index(l)
             if ring.w is not None:
-                ops.torus_rope_forward(qkv, ring.w, ring.f, NH, s.depth, ring.period, start)
-            lams, lamd = p.lams[i], p.lamd[i]  # (NH)
+                ops.torus_rope_forward(qkv, ring.w, ring.f, NH, D, ring.period, start)
+            lams, lamd, wrap = p.lams[i], p.lamd[i], self.wrap_depth  # lambda: (NH)
             ops.torus_attention_forward(
-                v.platters, v.lse, v.qkv, lams, lamd,
-                NH, s.depth, ring.period, s.window, self.wrap_depth, self.causal, start,
-            )  # fmt: skip
+                v.platters, v.lse, v.qkv, lams, lamd, NH, D, ring.period, s.window, wrap, self.causal, start
+            )
             ops.depth_fusion_forward(v.atty, v.platters, self.omega[i], NH, self.depth_major)
         else:
             ops.attention_forward(v.atty, v.lse, v.qkv, NH, start)
@@ -316,39 +258,24 @@ class GPT2:
     def _allocate_gradients(self) -> None:
         """Gradients of what learns, of activations, and dparams: for each tensor of GPT-2 where its gradient goes.
 
-        A tensor that does not learn has None there; a norm's gradient, which its op computes anyway, goes to d.norm.
+        A tensor that does not learn has None there; a layernorm's, which its op computes anyway, go to normw and normb.
         """
         B, T, C, L, D = self.B, self.T, self.config.C, self.config.L, self.torus.depth
         N = B * T
         tell_allocated(4 * self.num_trained, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(self.ops, self.trained)
         shapes = {"residual": (N, C), "btc": (N, C), "qkv": (B, T, 3 * C), "bt4c": (N, 4 * C)}
-        self.dacts = allocate(self.ops, {**shapes, "omega": (D, D), "norm": (C,)})
+        self.dacts = d = allocate(self.ops, shapes | {"omega": (D, D), "normw": (C,), "normb": (C,)})
         if self.learns is None:
             self.dparams = self.grads
             return
-        nowhere, norm, g = [None] * L, self.dacts.norm, self.grads
-        self.dparams = SimpleNamespace(
-            wte=None,
-            ln1w=[norm] * L,
-            ln1b=[norm] * L,
-            qkvw=self._by_layer(g.qkvw),
-            qkvb=self._by_layer(g.qkvb),
-            attprojw=self._by_layer(g.attprojw),
-            attprojb=self._by_layer(g.attprojb),
-            ln2w=[norm] * L,
-            ln2b=[norm] * L,
-            fcw=nowhere,
-            fcb=nowhere,
-            fcprojw=nowhere,
-            fcprojb=nowhere,
-            lnfw=norm,
-            lnfb=norm,
-        )
-
-    def _by_layer(self, gradient) -> list:
-        """The gradient (n,...) over the n layers that learn, as a list over all layers, None for the others."""
-        return [gradient[self.learns.index(l)] if l in self.learns else None for l in range(self.config.L)]
+        attention = {name: [None] * L for name in ATTENTION}
+        for name, by_layer in attention.items():
+            for i, l in enumerate(self.learns):
+                by_layer[l] = vars(self.grads)[name][i]
+        mlp = dict.fromkeys(("fcw", "fcb", "fcprojw", "fcprojb"), [None] * L)
+        norms = {"ln1w": [d.normw] * L, "ln1b": [d.normb] * L, "ln2w": [d.normw] * L, "ln2b": [d.normb] * L}
+        self.dparams = SimpleNamespace(wte=None, **attention, **mlp, **norms, lnfw=d.normw, lnfb=d.normb)
 
     def backward(self, first: bool = True) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add.
@@ -365,6 +292,7 @@ class GPT2:
                 if name not in WRITTEN:
                     tensor.fill(0)
         d.residual.fill(0)
+        dqkv = d.qkv.reshape(self.B * self.T, -1)  # (N,3C)
 
         ops.matmul_backward(d.btc, g.wte, None, a.logits, a.lnf, p.wte, beta)
         ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, self._residual(L), p.lnfw, a.lnf_mean, a.lnf_rstd)
@@ -383,7 +311,6 @@ class GPT2:
                 self._torus_backward(l, v)
             else:
                 ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, NH)
-            dqkv = d.qkv.reshape(residual.shape[0], -1)  # (N,3C)
             if self.learns is not None and l == self.lowest:
                 ops.matmul_backward(None, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
                 return
@@ -394,24 +321,22 @@ class GPT2:
 
     def _torus_backward(self, l: int, v: SimpleNamespace) -> None:
         """d.qkv from d.btc, the gradient behind the fusion; and the gradients of the fusion's factors and of lambda."""
-        ops, p, g, d, s, ring, NH = self.ops, self.params, self.grads, self.dacts, self.torus, self.ring, self.config.NH
+        ops, p, g, d, s, ring = self.ops, self.params, self.grads, self.dacts, self.torus, self.ring
+        NH, D, P, window, wrap, causal = self.config.NH, s.depth, ring.period, s.window, self.wrap_depth, self.causal
         i = s.layers.index(l)
-        dplatters = v.atty  # whose values the projection's matmul_backward was the last to read
+        omega, lams, lamd = self.omega[i], p.lams[i], p.lamd[i]
+        dplatters = v.atty  # a buffer that is free: the projection's matmul_backward was the last to read it
+        d.omega.fill(0)
+        domega = d.omega if self.has_factors else None
+        ops.depth_fusion_backward(dplatters, domega, d.btc, v.platters, omega, NH, self.depth_major)
         if self.has_factors:
-            d.omega.fill(0)
-            ops.depth_fusion_backward(dplatters, d.omega, d.btc, v.platters, self.omega[i], NH, self.depth_major)
-            ops.fusion_matrix_backward(
-                g.fuse1[i], g.fuse2[i], d.omega, self.omega[i], p.fuse1[i], p.fuse2[i], self.fusion
-            )
-        else:
-            ops.depth_fusion_backward(dplatters, None, d.btc, v.platters, self.omega[i], NH, self.depth_major)
+            ops.fusion_matrix_backward(g.fuse1[i], g.fuse2[i], domega, omega, p.fuse1[i], p.fuse2[i], self.fusion)
         dlams, dlamd = (g.lams[i], g.lamd[i]) if s.learn_lambda else (None, None)
         ops.torus_attention_backward(
-            d.qkv, dlams, dlamd, dplatters, v.qkv, v.platters, v.lse, p.lams[i], p.lamd[i],
-            NH, s.depth, ring.period, s.window, self.wrap_depth, self.causal,
-        )  # fmt: skip
+            d.qkv, dlams, dlamd, dplatters, v.qkv, v.platters, v.lse, lams, lamd, NH, D, P, window, wrap, causal
+        )
         if ring.w is not None:
-            ops.torus_rope_backward(d.qkv, ring.w, ring.f, NH, s.depth, ring.period)
+            ops.torus_rope_backward(d.qkv, ring.w, ring.f, NH, D, P)
 
     def update(self, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decay_all=True, grad_clip=0.0):
         """AdamW update number t = 1, 2, ... of what learns; returns the gradient norm if grad_clip > 0, else None."""
@@ -420,9 +345,9 @@ class GPT2:
         norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
         for name in self.trained:
-            p, g, m, v = (vars(views)[name] for views in (self.params, self.grads, self.m, self.v))
+            p, g, m, v = vars(self.params)[name], vars(self.grads)[name], vars(self.m)[name], vars(self.v)[name]
             decay = weight_decay if decay_all or name in MATRICES else 0.0
-            if self.learns is None or name in self.extra:
+            if self.learns is None or name not in ATTENTION:
                 self.ops.adamw_update(p, g, m, v, t, lr, beta1, beta2, eps, decay, scale)
             else:
                 for i, l in enumerate(self.learns):
@@ -440,39 +365,32 @@ class GPT2:
         """m and v of all parameters on the host, 0 for what does not learn."""
         return self._of_all(self.ops.to_host(self.m_flat)), self._of_all(self.ops.to_host(self.v_flat))
 
-    def _places(self, name: str) -> slice | list[int]:
-        """Where a tensor that learns stands in the one of all layers."""
-        return slice(None) if self.learns is None or name in self.extra else list(self.learns)
+    def _rows(self, name: str) -> slice | list[int]:
+        """The layers of a tensor that learn."""
+        return slice(None) if self.learns is None or name not in ATTENTION else list(self.learns)
 
     def _of_what_learns(self, values: np.ndarray) -> np.ndarray:
         """Flat values of all parameters -> those of what learns."""
         tensors = named_views(values, self.shapes)
-        return np.concatenate([tensors[name][self._places(name)].ravel() for name in self.trained])
+        return np.concatenate([tensors[name][self._rows(name)].ravel() for name in self.trained])
 
     def _of_all(self, values: np.ndarray) -> np.ndarray:
         """Flat values of what learns -> those of all parameters, 0 for the rest."""
         flat = np.zeros(sum(map(math.prod, self.shapes.values())), np.float32)
         tensors = named_views(flat, self.shapes)
         for name, tensor in named_views(values, self.trained).items():
-            tensors[name][self._places(name)] = tensor
+            tensors[name][self._rows(name)] = tensor
         return flat
 
     def _allocate_decoder(self) -> None:
-        """Buffers for a text of all positions; keys and values by layer, all other activations shared."""
+        """Buffers for a text of all positions; queries, keys and values by layer, all other activations shared."""
         C, Vp, L, maxT = self.config.C, self.config.Vp, self.config.L, self.config.maxT
         shapes = largest([self._layer_shapes(l, 1, maxT) for l in range(L)])
-        del shapes["qkv"]
+        qkv = shapes.pop("qkv")
         shared = vars(allocate(self.ops, shapes))
-        self.decoder = SimpleNamespace(
-            tokens=self.ops.zeros((1, maxT), np.int32),
-            encoded=self.ops.zeros((maxT, C)),
-            layers=[SimpleNamespace(**shared, qkv=self.ops.zeros((1, maxT, 3 * C))) for _ in range(L)],
-            residual3=self.ops.zeros((maxT, C)),
-            lnf=self.ops.zeros((1, C)),
-            lnf_mean=self.ops.zeros((1,)),
-            lnf_rstd=self.ops.zeros((1,)),
-            logits=self.ops.zeros((1, Vp)),
-        )
+        once = {"residual": (maxT, C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,), "logits": (1, Vp)}
+        self.decoder = allocate(self.ops, once | {"tokens": (1, maxT)}, {"tokens": np.int32})
+        self.decoder_layers = [SimpleNamespace(**shared, qkv=self.ops.zeros(qkv)) for _ in range(L)]
 
     def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
@@ -488,14 +406,13 @@ class GPT2:
             self._allocate_decoder()
         ops, p, d, n = self.ops, self.params, self.decoder, len(tokens)
         if start == 0:
-            self._mix()  # an update may have changed the factors
+            self._fusion_matrices()  # an update may have changed the factors
         ops.copy_in(d.tokens[:, :n], tokens.reshape(1, n))
-        residual = d.encoded[:n]
+        residual = d.residual[:n]
         ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
         for l in range(self.config.L):
-            v = first_of(d.layers[l], self._layer_shapes(l, 1, n, start))
-            self._layer(l, v, d.residual3[:n], residual, ring, start)
-            residual = d.residual3[:n]
+            v = first_of(self.decoder_layers[l], self._layer_shapes(l, 1, n, start))
+            self._layer(l, v, residual, residual, ring, start)
         ops.layernorm_forward(d.lnf, d.lnf_mean, d.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
         ops.matmul_forward(d.logits, d.lnf, p.wte)
         return ops.to_host(d.logits)[0, : self.config.V]
@@ -505,33 +422,24 @@ class GPT2:
 # the loop
 
 
-class Best(NamedTuple):
-    """The lowest validation loss so far, and the validations since it."""
+def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
+    """The lowest validation loss of the run that goes on, and its validations since: None, 0 for a new run.
 
-    loss: float = math.inf
-    worse: int = 0
-
-    def after(self, val_loss: float) -> "Best":
-        return Best(val_loss) if val_loss < self.loss else Best(self.loss, self.worse + 1)
-
-
-def best_of(args: Namespace, state: TrainState | None) -> Best:
-    """The best that the resumed run had, none for a new run. Raises UserError for what cannot be one."""
+    Raises UserError for a state file in which they are no such numbers.
+    """
     extra = state.extra if state else {}
-    loss, worse = extra.get("best_loss"), extra.get("worse", 0)
-    loss = math.inf if loss is None else loss
-    if not isinstance(loss, float | int) or not loss >= 0 or not isinstance(worse, int) or worse < 0:
-        found = f"a best loss of {loss!r} and {worse!r} validations since it, expected numbers, 0 or more"
+    best, worse = extra.get("best_loss"), extra.get("worse", 0)
+    if not isinstance(worse, int) or worse < 0 or not isinstance(best, float | int | None) or not (best or 0) >= 0:
+        found = f"{worse!r} validations since the best loss {best!r}, expected numbers, 0 or more"
         raise UserError(f"{args.resume}: {found}", f"start anew from its weights: -e {args.resume}")
-    return Best(loss, worse)
+    return best, worse
 
 
-def save(args: Namespace, model: GPT2, step: int, run: loop.Run, best: Best) -> None:
+def save(args: Namespace, model: GPT2, step: int, run: loop.Run, extra: dict) -> None:
     """Write the checkpoint, replaced layers in its header, and the optimizer state for a run that goes on at `step`."""
     params, own = model.ops.to_host(model.params_flat), num_parameters(model.config)
     kind, fields = (TOROIDAL, model.torus.fields()) if model.torus.layers else (DENSE, ())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    extra = {"best_loss": None if best.loss == math.inf else best.loss, "worse": best.worse}
     m, v = model.moments()
     loop.save(args, model, file, m, v, run, extra)
 
@@ -544,26 +452,18 @@ def main(argv: list[str] | None = None) -> int:
     torus = choose_torus(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     earlier = state.options.get("train", args.train) if state else args.train
+    idle = args.train == "replaced" and not torus.layers and args.steps != 0
+    other = f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}"
+    anew = f"start anew from its weights: give -e {args.resume} in place of --resume"
+    uncounted = f"--patience {args.patience} with -v 0: there are no validations to count"
     refuse(
         (
-            (
-                args.train == "replaced" and not torus.layers and args.steps != 0,
-                "--layers none with --train replaced: nothing learns",
-                "add -n 0 to validate, or --train all",
-            ),
-            (
-                args.patience and not args.val_every,
-                f"--patience {args.patience} with -v 0: there are no validations to count",
-                "-v 20",
-            ),
-            (
-                args.train != earlier,
-                f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}",
-                f"start anew from its weights: give -e {args.resume} in place of --resume",
-            ),
+            (idle, "--layers none with --train replaced: nothing learns", "add -n 0 to validate, or --train all"),
+            (args.patience and not args.val_every, uncounted, "-v 20"),
+            (args.train != earlier, other, anew),
         )
     )
-    best = best_of(args, state)
+    best, worse = best_so_far(args, state)  # worse: validations since the best
     device = kernels.open_device(args.device, args.tf32)
 
     run = loop.open_run(args, config, state, args.epochs)
@@ -593,25 +493,25 @@ def main(argv: list[str] | None = None) -> int:
     with Interrupt() as interrupt:
         for step in range(start, steps + 1):
             last_step = step == steps
-            saved_best = best  # without this step's validation, which a run that resumes here repeats
+            extra = {"best_loss": best, "worse": worse}  # without this step's validation, which a resumed run repeats
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, run, saved_best)
+                    save(args, model, step, run, extra)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
                 val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}\nperplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 log.val(step, val_loss)
-                best = best.after(val_loss)
-                if args.patience and best.worse >= args.patience and not last_step:
-                    print(f"early stop after {step} steps: {best.worse} validations without one below {best.loss:f}")
+                best, worse = (val_loss, 0) if best is None or val_loss < best else (best, worse + 1)
+                if args.patience and worse >= args.patience and not last_step:
+                    print(f"early stop after {step} steps: {worse} validations without one below {best:f}")
                     last_step = True
             if step == start:
                 print_memory(model, device.memory_used() - before)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, run, saved_best)
+                save(args, model, step, run, extra)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, run, args.sample_tokens)
             if last_step:

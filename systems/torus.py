@@ -13,16 +13,26 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from math import prod
 
-from kernels.cpu.torus.fusion_matrix import ATTENTION, FUSIONS, LOW_RANK, LOW_RANK_RESIDUAL
+import numpy as np
+
+from kernels.cpu.torus import fusion_matrix
+from kernels.cpu.torus.fusion_matrix import FUSIONS, fusion_init
 from llmc import table
-from llmc.checkpoint import DENSE, TOROIDAL, GPT2Config, Model, check_trains
-from llmc.cli import refuse, resolve
+from llmc.checkpoint import DENSE, TOROIDAL, GPT2Config, Model, check_trains, named_views, tensor_shapes
+from llmc.cli import ArgumentParser, any_int, flag01, natural_float, positive_int, refuse, resolve
 from llmc.errors import UserError
 from llmc.header import Field, Real, check_range, read_fields, write_fields
+from llmc.init import gpt2_init
+from llmc.rand import normals
 
+ATTENTION = ("qkvw", "qkvb", "attprojw", "attprojb")  # the tensors of a layer's attention in GPT-2
 MODES = ("causal", "upstream")
 ROPES = ("none", "int", "upstream", "orth")
-RANKED = (FUSIONS[LOW_RANK], FUSIONS[LOW_RANK_RESIDUAL])  # fusions whose factors have a rank of their own
+INITS = ("copy", "random")
+RANKED = (
+    FUSIONS[fusion_matrix.LOW_RANK],
+    FUSIONS[fusion_matrix.LOW_RANK_RESIDUAL],
+)  # fusions whose factors have a rank of their own
 MAX_POSITIONS = 1 << 24
 MAX_LAYERS = 100  # replaced layers that a header has room for
 LAMBDAS = Real(0, 1e6)
@@ -120,7 +130,7 @@ def factor_shape(torus: Torus) -> tuple[int, int] | None:
     """The shape of either factor of a layer's fusion, None if it has none."""
     if torus.fusion in RANKED:
         return torus.depth, torus.rank
-    return (torus.depth, torus.depth) if torus.fusion == FUSIONS[ATTENTION] else None
+    return (torus.depth, torus.depth) if torus.fusion == FUSIONS[fusion_matrix.ATTENTION] else None
 
 
 def extra_shapes(config: GPT2Config, torus: Torus) -> dict[str, tuple[int, ...]]:
@@ -134,8 +144,63 @@ def extra_shapes(config: GPT2Config, torus: Torus) -> dict[str, tuple[int, ...]]
     return shapes
 
 
+def trained_shapes(config: GPT2Config, torus: Torus, learns: tuple[int, ...] | None) -> dict[str, tuple[int, ...]]:
+    """The tensors that learn: all of GPT-2's, or attention's over the layers `learns`; and the extra ones.
+
+    Lambda learns only if the torus says so.
+    """
+    shapes, extra = tensor_shapes(config), extra_shapes(config, torus)
+    if learns is not None:
+        shapes = {name: (len(learns), *shapes[name][1:]) for name in ATTENTION}
+    if not torus.learn_lambda:
+        extra = {name: shape for name, shape in extra.items() if name not in ("lams", "lamd")}
+    return shapes | extra
+
+
+def extra_init(file: Model, torus: Torus, seed: int) -> np.ndarray:
+    """The values of lambda and of the fusion's factors, flat: the file's if it is toroidal, else new ones."""
+    if file.kind == TOROIDAL:
+        return file.extra
+    shapes, generator = extra_shapes(file.config, torus), normals(seed)
+    flat = np.zeros(sum(map(prod, shapes.values())), np.float32)
+    views = named_views(flat, shapes)
+    for i in range(len(torus.layers)):
+        views["lams"][i] = views["lamd"][i] = torus.lam
+        if factor_shape(torus):
+            first, second = fusion_init(FUSIONS.index(torus.fusion), torus.depth, torus.rank, generator)
+            views["fuse1"][i], views["fuse2"][i] = first, second
+    return flat
+
+
+def replace_attention(file: Model, layers: tuple[int, ...], seed: int) -> None:
+    """--init random: GPT-2's random initialisation for the attention of these layers, in place."""
+    shapes = tensor_shapes(file.config)
+    ours, drawn = named_views(file.params, shapes), named_views(gpt2_init(file.config, seed), shapes)
+    for name in ATTENTION:
+        ours[name][list(layers)] = drawn[name][list(layers)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# the options
+# the flags
+
+
+def add_flags(parser: ArgumentParser) -> None:
+    """The flags about attention, without their checks."""
+    add = parser.add_argument_group("toroidal attention (kept in the file: not for one that is toroidal)").add_argument
+    add("--layers", default="0", help="layers to replace: 0,6 or first:N, last:N, none")
+    add("--depth", type=positive_int, help="platters D that a head is cut into (default: 2, 1 for an odd head size)")
+    add("--period", type=positive_int, help="positions P of the ring (default: -t)")
+    add("--lambda", type=natural_float, default=1.0, help="weight of the distance, of sequence and of depth")
+    add("--learn-lambda", type=flag01, default=False, help="1: learn it, for each head, sequence and depth apart")
+    add("--rope", choices=ROPES, default="none", help="rotary embedding: int (periodic), upstream, orth")
+    add("--fusion", choices=FUSIONS, default="low_rank_residual", help="of platters: " + ", ".join(FUSIONS))
+    add("--fusion-rank", type=positive_int, help="of low_rank and low_rank_residual (default: D/4, at least 1)")
+    add("--window", type=any_int, default=-1, help="largest distance on the ring that attends, -1: any")
+    add("--wrap-depth", type=flag01, default=False, help="1: depth is a ring, too")
+    add("--mode", choices=MODES, default="causal", help="upstream: as published, every token sees all others")
+    add("--init", choices=INITS, default="copy", help="attention of the replaced layers: the file's, or random")
+    add("--control", type=flag01, default=False, help="1: leave the layers' attention as it is, train the same weights")
+
 
 FLAGS = {  # flag: field of Torus
     "mode": "mode",
