@@ -239,7 +239,7 @@ class GPT2:
             i = s.layers.index(l)
             if ring.w is not None:
                 ops.torus_rope_forward(qkv, ring.w, ring.f, NH, D, ring.period, start)
-            lams, lamd, wrap = p.lams[i], p.lamd[i], self.wrap_depth  # lambda: (NH)
+            lams, lamd, wrap = p.lams[i], p.lamd[i], self.wrap_depth  # (NH), (NH), 0 or 1
             ops.torus_attention_forward(
                 v.platters, v.lse, v.qkv, lams, lamd, NH, D, ring.period, s.window, wrap, self.causal, start
             )
@@ -311,7 +311,7 @@ class GPT2:
                 self._torus_backward(l, v)
             else:
                 ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, NH)
-            if self.learns is not None and l == self.lowest:
+            if self.learns is not None and l == self.lowest:  # nothing in front of its attention learns
                 ops.matmul_backward(None, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
                 return
             ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
@@ -453,14 +453,14 @@ def main(argv: list[str] | None = None) -> int:
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     earlier = state.options.get("train", args.train) if state else args.train
     idle = args.train == "replaced" and not torus.layers and args.steps != 0
-    other = f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}"
+    uncounted = args.patience and not args.val_every
     anew = f"start anew from its weights: give -e {args.resume} in place of --resume"
-    uncounted = f"--patience {args.patience} with -v 0: there are no validations to count"
+    found = f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}"
     refuse(
         (
             (idle, "--layers none with --train replaced: nothing learns", "add -n 0 to validate, or --train all"),
-            (args.patience and not args.val_every, uncounted, "-v 20"),
-            (args.train != earlier, other, anew),
+            (uncounted, f"--patience {args.patience} with -v 0: there are no validations to count", "-v 20"),
+            (args.train != earlier, found, anew),
         )
     )
     best, worse = best_so_far(args, state)  # worse: validations since the best

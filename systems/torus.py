@@ -29,10 +29,7 @@ ATTENTION = ("qkvw", "qkvb", "attprojw", "attprojb")  # the tensors of a layer's
 MODES = ("causal", "upstream")
 ROPES = ("none", "int", "upstream", "orth")
 INITS = ("copy", "random")
-RANKED = (
-    FUSIONS[fusion_matrix.LOW_RANK],
-    FUSIONS[fusion_matrix.LOW_RANK_RESIDUAL],
-)  # fusions whose factors have a rank of their own
+RANKED = (FUSIONS[fusion_matrix.LOW_RANK], FUSIONS[fusion_matrix.LOW_RANK_RESIDUAL])  # --fusion-rank is theirs
 MAX_POSITIONS = 1 << 24
 MAX_LAYERS = 100  # replaced layers that a header has room for
 LAMBDAS = Real(0, 1e6)
