@@ -22,40 +22,33 @@ if __name__ == "__main__":
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
-from kernels.cpu.deepseek.expert_plan import expert_rows
 from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
 from llmc import errors, loop, options, table
-from llmc.buffers import allocate, first_of, flat_buffer, tell_allocated
+from llmc.buffers import allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
-from llmc.cli import ArgumentParser, flag01, natural, natural_float, positive_float, positive_int
+from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
-from systems.selection import Agreement, report
+from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
+from systems.selection import Agreement, add_report_options, report
 from systems.sparsity import (
-    ADAPTIVE,
-    ATTENTION,
     CONTROLLER,
-    INDEXERS,
     SCORED,
-    SELECTORS,
     Sparsity,
+    add_sparsity_options,
     check_architecture,
     choose_sparsity,
-    coverage,
     extra_init,
     extra_shapes,
-    ids,
     is_mla,
     is_moe,
     print_sparsity,
-    share,
 )
 
 ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
@@ -82,35 +75,9 @@ k counts the keys of a query, of itself and all before it. Exit status: 0 done, 
 
 def arguments() -> ArgumentParser:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
-    add = parser.add_argument_group("attention (defaults: the -e file's, if it is sparse)").add_argument
-    add("--attention", choices=ATTENTION, default="sparse", help="dense: all keys, as GPT-2")
-    add("--selector", choices=SELECTORS, default="indexer", help="what chooses the keys: " + ", ".join(SELECTORS))
-    add("--top-k", type=positive_int, help="keys of a query, at most (default: --keep-ratio's)")
-    add("--keep-ratio", type=share, help="the same in parts of -t (default: 0.125; with top-p and --adaptive: 1)")
-    add("--layer-keep", metavar="R,R,...", help="--keep-ratio of each layer, or of early, middle and late layers")
-    add("--force-self", type=flag01, default=True, help="1: a query always keeps its own key")
-    add("--sink", type=flag01, default=False, help="1: and the first one")
-    add("--adaptive", choices=ADAPTIVE, default="none", help="k by query (prefix) or, acausal, sequence (upstream)")
-    add("--coverage", type=coverage, default="0.95", help="share of attention that top-p keeps, prefix learns to keep")
-    add("--legacy-leak", type=flag01, default=False, help="1: k keys for the first queries, too, so future ones")
-    add = parser.add_argument_group("indexer (sizes: of the -e file, if it has one)").add_argument
-    add("--indexer", choices=INDEXERS[1:], default="lightning", help="upstream: a key per head, constant head weights")
-    add("--indexer-heads", type=positive_int, default=4, help="heads of the indexer")
-    add("--indexer-dim", type=positive_int, default=64, help="width of a head of the indexer")
-    add("--indexer-rope", type=natural, help="rotated dims of the indexer (default: the model's, 0 for GPT-2)")
-    add(
-        "--indexer-warmup", type=natural, default=0, help="first steps, in which attention is dense and it learns alone"
-    )
-    add("--indexer-lr", type=positive_float, default=5e-3, help="its learning rate in the warm-up")
-    add("--indexer-lr-sparse", type=positive_float, default=2e-3, help="and after it")
-    add("--train-indexer", type=flag01, default=True, help="0: leave it as it is")
-    add = parser.add_argument_group("DeepSeek-style models").add_argument
-    add("--mla", type=flag01, default=None, help="1: the -e file must have latent attention, 0: must not")
-    add("--experts", type=natural, help="experts that the -e file must have, 0: none")
-    add("--top-experts", type=positive_int, help="experts that a token of the -e file must take")
-    add("--balance", type=natural_float, default=0.01, help="weight of the experts' load-balance loss")
+    add_sparsity_options(parser)
     options.add_options(parser)
-    add("--answers-after", type=ids, metavar="FIRST:END", help="ids whose next token is an answer: report accuracy")
+    add_report_options(parser)
     return parser
 
 
@@ -118,122 +85,18 @@ def arguments() -> ArgumentParser:
 # the parts of a layer that can be exchanged
 
 
-class Part:
-    """A part of every layer. shapes: its activations; kept: channels of what every position keeps for later queries.
-
-    Methods take l, the layer; a, its activations; d and g, gradients of activations and of parameters; beta, 0 to write
-    the gradients in WRITTEN, 1 to add to them. N = B * T rows. Activations named in `scratch` are one buffer for all
-    layers, those in `integers` are int32, those in `gradients` have a gradient in d.
-    """
-
-    scratch = integers = gradients = ()
-
-    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace):
-        self.ops, self.config, self.sparsity, self.params = ops, config, sparsity, params
-        self.mla = is_mla(config)
-
-    def shapes(self, B: int, T: int) -> dict:
-        return {}
-
-    def kept(self) -> dict:
-        return {}
-
-
-class Heads(Part):
+class Heads(Attention):
     """Queries, keys and values of all heads by one product, as in GPT-2."""
-
-    gradients = ("qkv",)
-
-    def kept(self) -> dict:
-        return dict(qkv=3 * self.config.C)
 
     def forward(self, l: int, a, start: int = 0):
         """The rows from `start` of a.qkv (B,start+T,3C), of a.ln1 (N,C)."""
         p, new = self.params, a.qkv[:, start:]
         self.ops.matmul_forward(new.reshape(len(a.ln1), -1), a.ln1, p.qkvw[l], p.qkvb[l])
 
-    def attend(self, l: int, a, start: int, dense: bool):
-        """a.atty (N,C): what the queries from `start` on see of all keys, or of those selected."""
-        if dense:
-            self.ops.attention_forward(a.atty, a.lse, a.qkv, self.config.NH, start)
-        else:
-            self.ops.sparse_attention_forward(a.atty, a.lse, a.qkv, a.index, a.count, self.config.NH, start)
-
     def backward(self, l: int, a, d, g, beta: int):
         """d.btc (N,C), the gradient at a.ln1, from d.qkv (B,T,3C)."""
         dqkv = d.qkv.reshape(len(a.ln1), -1)
         self.ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, self.params.qkvw[l], beta)
-
-
-class Latents(Heads):
-    """Multi-head latent attention: queries through one normed latent, keys and values through another (DeepSeek-V2)."""
-
-    scratch = ("q", "kv")
-    gradients = ("qkv", "q", "kv", "qa", "qn", "kva", "kvn")
-
-    def shapes(self, B: int, T: int) -> dict:
-        c, N = self.config, B * T
-        return dict(
-            qa=(N, c.q_rank),  # the queries' latent
-            qn=(N, c.q_rank),  # normed
-            q_rrms=(N,),
-            q=(N, c.C),
-            kva=(N, c.kv_rank + c.R),  # the latent of keys and values, then the rotary key
-            kvn=(N, c.kv_rank),  # normed
-            kv_rrms=(N,),
-            kv=(N, c.NH * (2 * c.C // c.NH - c.R)),
-        )
-
-    def latents(self, l: int, a):
-        """a.q by way of a.qn; a.kvn and a.kva, of which keys and values are made."""
-        ops, p = self.ops, self.params
-        ops.matmul_forward(a.qa, a.ln1, p.qaw[l])
-        ops.rmsnorm_forward(a.qn, a.q_rrms, a.qa, p.qnw[l])
-        ops.matmul_forward(a.q, a.qn, p.qbw[l])
-        ops.matmul_forward(a.kva, a.ln1, p.kvaw[l])
-        ops.rmsnorm_forward(a.kvn, a.kv_rrms, a.kva, p.kvnw[l])
-
-    def forward(self, l: int, a, start: int = 0):
-        """The rows from `start` of a.qkv (B,start+T,3C), of a.ln1 (N,C)."""
-        self.latents(l, a)
-        self.ops.matmul_forward(a.kv, a.kvn, self.params.kvbw[l])
-        self.ops.mla_qkv_forward(a.qkv[:, start:], a.q, a.kv, a.kva, self.config.NH, self.config.R, start)
-
-    def backward(self, l: int, a, d, g, beta: int):
-        """d.btc (N,C), the gradient at a.ln1, from d.qkv (B,T,3C), through both latents."""
-        ops, p = self.ops, self.params
-        ops.mla_qkv_backward(d.q, d.kv, d.kva, d.qkv, self.config.NH, self.config.R)
-        ops.matmul_backward(d.qn, g.qbw[l], None, d.q, a.qn, p.qbw[l], beta)
-        ops.rmsnorm_backward(d.qa, g.qnw[l], d.qn, a.qa, p.qnw[l], a.q_rrms)
-        ops.matmul_backward(d.btc, g.qaw[l], None, d.qa, a.ln1, p.qaw[l], beta)
-        ops.matmul_backward(d.kvn, g.kvbw[l], None, d.kv, a.kvn, p.kvbw[l], beta)
-        ops.rmsnorm_backward(d.kva, g.kvnw[l], d.kvn, a.kva, p.kvnw[l], a.kv_rrms)
-        ops.matmul_backward(a.btc, g.kvaw[l], None, d.kva, a.ln1, p.kvaw[l], beta)
-        ops.residual_forward(d.btc, d.btc, a.btc)
-
-
-class AbsorbedLatents(Latents):
-    """MLA for decoding: queries and outputs live in the keys' latent space, and a position keeps kv_rank + R values."""
-
-    def kept(self) -> dict:
-        return dict(latent=self.config.kv_rank + self.config.R)
-
-    def shapes(self, B: int, T: int) -> dict:
-        c, N = self.config, B * T
-        return super().shapes(B, T) | dict(qlat=(N, c.NH, c.kv_rank + c.R), olat=(N, c.NH, c.kv_rank))
-
-    def forward(self, l: int, a, start: int = 0):
-        """The rows from `start` of a.latent (1,start+T,kv_rank+R), of a.ln1 (T,C)."""
-        self.latents(l, a)
-        self.ops.mla_latent(a.latent[0], a.kvn, a.kva, start)
-
-    def attend(self, l: int, a, start: int, dense: bool):
-        """a.atty (T,C): what the queries from `start` on see of all keys, or of those selected."""
-        ops, c, kvbw = self.ops, self.config, self.params.kvbw[l]
-        index, count = (None, None) if dense else (a.index, a.count)
-        ops.mla_absorb(a.qlat, a.q, kvbw, c.NH, c.R, start)
-        ops.latent_attention_forward(a.olat, a.qlat, a.latent[0], index, count, (c.C // c.NH) ** -0.5, start)
-        ops.mla_expand(a.atty, a.olat, kvbw, c.NH, c.R)
 
 
 class MLP(Part):
@@ -257,65 +120,6 @@ class MLP(Part):
         ops.matmul_backward(d.fch, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu, p.fcprojw[l], beta)
         ops.gelu_backward(d.fch, a.fch, d.fch)
         ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.fch, a.ln2, p.fcw[l], beta)
-
-
-class Experts(Part):
-    """A mixture of experts: a token goes to the `top` experts that a router likes best, and comes back as their sum."""
-
-    scratch = ("router", "exi", "exa")
-    integers = ("experts", "slot", "source", "tile_expert", "load")
-    gradients = ("router", "gates", "exi", "exa", "exy")
-
-    def shapes(self, B: int, T: int) -> dict:
-        c, N = self.config, B * T
-        rows, tile = expert_rows(N, c.top, c.E)
-        return dict(
-            router=(N, c.E),  # logits
-            probs=(N, c.E),  # softmax over all experts
-            gates=(N, c.top),  # softmax over the token's own: the weights of their outputs
-            experts=(N, c.top),  # the token's own
-            slot=(N, c.top),  # the row of each
-            source=(rows,),  # the token of a row
-            tile_expert=(rows // tile,),  # the expert of a tile of rows
-            load=(c.E,),  # tokens of an expert
-            exi=(rows, c.C),  # inputs
-            exh=(rows, c.F),  # hidden units
-            exa=(rows, c.F),  # after the SiLU
-            exy=(rows, c.C),  # outputs
-        )
-
-    def forward(self, l: int, a):
-        """a.residual3 (N,C), what is added to the stream, from a.ln2 (N,C)."""
-        ops, p = self.ops, self.params
-        ops.matmul_forward(a.router, a.ln2, p.routerw[l])
-        ops.router_forward(a.probs, a.gates, a.experts, a.router)
-        ops.expert_plan(a.slot, a.source, a.tile_expert, a.load, a.experts)
-        ops.expert_gather(a.exi, a.ln2, a.source, self.config.top)
-        ops.expert_matmul_forward(a.exh, a.exi, p.expertw[l], a.tile_expert)
-        ops.silu_forward(a.exa, a.exh)
-        ops.expert_matmul_forward(a.exy, a.exa, p.expertprojw[l], a.tile_expert)
-        ops.expert_combine_forward(a.residual3, a.exy, a.gates, a.slot)
-
-    def backward(self, l: int, a, d, g, beta: int, balance: float):
-        """d.btc (N,C), the gradient at a.ln2, from d.residual (N,C) and from `balance` times the load-balance loss."""
-        ops, p = self.ops, self.params
-        ops.expert_combine_backward(d.exy, d.gates, d.residual, a.exy, a.gates, a.slot, a.source)
-        ops.silu_forward(a.exa, a.exh)
-        ops.expert_matmul_backward(d.exa, g.expertprojw[l], d.exy, a.exa, p.expertprojw[l], a.tile_expert, beta)
-        ops.silu_backward(d.exa, a.exh, d.exa)
-        ops.expert_gather(a.exi, a.ln2, a.source, self.config.top)
-        ops.expert_matmul_backward(d.exi, g.expertw[l], d.exa, a.exi, p.expertw[l], a.tile_expert, beta)
-        ops.router_backward(d.router, d.gates, a.probs, a.gates, a.experts, a.load, balance)
-        ops.matmul_backward(a.btc, g.routerw[l], None, d.router, a.ln2, p.routerw[l], beta)
-        ops.expert_scatter(d.btc, d.exi, a.slot)
-        ops.residual_forward(d.btc, d.btc, a.btc)
-
-
-class NoIndexer(Part):
-    """For selectors that need none."""
-
-    def forward(self, l: int, a, start: int = 0):
-        pass
 
 
 class Lightning(Part):
@@ -367,38 +171,6 @@ class Lightning(Part):
         ops.matmul_backward(None, g.idxkw[l], None, d.ik0, a.ln1, p.idxkw[l], beta)
 
 
-class UpstreamIndexer(Part):
-    """The published experiments' indexer: a key per head, head weights the same for all tokens, no rotation."""
-
-    gradients = ("iq", "ik", "iw")
-    scale = 1.0
-
-    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace):
-        super().__init__(ops, config, sparsity, params)
-        self.no_weights = ops.zeros((sparsity.heads, config.C))  # a token's share in its head weights
-
-    def kept(self) -> dict:
-        return dict(ik=self.sparsity.heads * self.sparsity.width)
-
-    def shapes(self, B: int, T: int) -> dict:
-        heads, width = self.sparsity.heads, self.sparsity.width
-        return dict(iq=(B, T, heads * width), iw=(B, T, heads), kl=(B, T))
-
-    def forward(self, l: int, a, start: int = 0):
-        """a.iq, a.iw and the rows from `start` of a.ik, of a.ln1 (N,C)."""
-        ops, p, N = self.ops, self.params, len(a.ln1)
-        ops.matmul_forward(a.iq.reshape(N, -1), a.ln1, p.idxqw[l], p.idxqb[l])
-        ops.matmul_forward(a.ik[:, start:].reshape(N, -1), a.ln1, p.idxkw[l], p.idxkb[l])
-        ops.matmul_forward(a.iw.reshape(N, -1), a.ln1, self.no_weights, p.idxwb[l])
-
-    def backward(self, l: int, a, d, g, beta: int):
-        """The gradients of its tensors, from d.iq, d.ik and d.iw; none flows on into its input."""
-        ops, p, N = self.ops, self.params, len(a.ln1)
-        ops.matmul_backward(None, g.idxqw[l], g.idxqb[l], d.iq.reshape(N, -1), a.ln1, p.idxqw[l], beta)
-        ops.matmul_backward(None, g.idxkw[l], g.idxkb[l], d.ik.reshape(N, -1), a.ln1, p.idxkw[l], beta)
-        ops.column_sum(g.idxwb[l], d.iw.reshape(N, -1))
-
-
 class Selection(Part):
     """The keys of each query: those with the best scores, as many as k[l] or, if k adapts, as its selector allows."""
 
@@ -436,14 +208,13 @@ class Selection(Part):
             ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
         else:
             a.keep.fill(s.k[l])
-        for first, scores in blocks(a.scores, B, start, start + T):
+        for first, scores in query_blocks(a.scores, B, start, start + T, ROWS):
             self.score(l, a, scores, first, start, draw)
             if s.selector == "top-p":
                 ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
             if s.adaptive == "prefix":
                 self.prefix_keep(l, a, scores, first, start)
-            self_key, sink = int(s.force_self), int(s.sink)
-            ops.select_topk(a.index, a.count, scores, a.keep, first, start, self_key, sink, int(leak))
+            ops.select_topk(a.index, a.count, scores, a.keep, first, start, int(s.force_self), int(s.sink), int(leak))
 
     def score(self, l: int, a, scores, first: int, start: int, draw: int):
         """scores (B,rows,keys) of the queries at positions first..; of equal scores the most recent key's wins."""
@@ -465,13 +236,6 @@ class Selection(Part):
         ops.keep_controller_forward(a.keep, a.kappa, a.hidden, a.features, w1, b1, w2, b2, first, rows, k, start)
 
 
-def blocks(buffer, B: int, start: int, T: int) -> Iterator[tuple]:
-    """(first, B x rows x keys view of buffer) for blocks of queries at first.. with the keys up to their last."""
-    for first in range(start, T, ROWS):
-        rows, keys = min(ROWS, T - first), min(first + ROWS, T)
-        yield first, buffer[: B * rows * keys].reshape(B, rows, keys)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
@@ -484,9 +248,7 @@ class GPT2:
     sparsity.attention says; draw: number of the random selector's draw.
     """
 
-    def __init__(
-        self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B: int, T: int, balance=0.01
-    ):
+    def __init__(self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B, T, balance=0.01):
         """params: all values, flat; B rows of T tokens; balance: weight of the experts' load-balance loss."""
         self.ops, self.config, self.sparsity, self.B, self.T, self.balance = device, config, sparsity, B, T, balance
         self.extra = extra_shapes(config, sparsity)
@@ -495,7 +257,7 @@ class GPT2:
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
         self.always_dense, self.mla = sparsity.attention == "dense", is_mla(config)
         self.tied = "headw" not in self.shapes  # GPT-2's head is wte, a DeepSeek-style model has its own
-        self.written = (*WRITTEN, "wte") if self.tied else WRITTEN
+        self.written = (*WRITTEN, "wte") if self.tied else WRITTEN  # the head's product comes before the encoder's sum
 
         part = device, config, sparsity, self.params
         self.attention = Latents(*part) if self.mla else Heads(*part)
@@ -508,7 +270,7 @@ class GPT2:
         self.parts = self.attention, self.mlp, self.indexer, self.selection
         self.scratch = SCRATCH + self.attention.scratch + self.mlp.scratch
         self.integers = dict.fromkeys(self.mlp.integers + self.selection.integers, np.int32)
-        self.acts = self.grads_flat = self.m_flat = self.decoder = None  # allocated when first needed
+        self.acts = self.grads = self.dacts = self.m = self.decoder = None  # allocated when first needed
 
     def layer_shapes(self, l: int, attention: Part, B: int, T: int, keys: int) -> dict:
         """Layer l's activations for B x T new tokens and so many keys, but for what is kept of every position."""
@@ -537,10 +299,9 @@ class GPT2:
         ops, c, B, T, N = self.ops, self.config, self.B, self.T, self.B * self.T
         kept = {name: (B, T, channels) for name, channels in (self.attention.kept() | self.indexer.kept()).items()}
         shapes = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
-        shared = allocate(ops, {name: shapes[0].pop(name) for name in self.scratch})
-        layers = [
-            allocate(ops, {n: s for n, s in each.items() if n not in self.scratch}, self.integers) for each in shapes
-        ]
+        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch})
+        own = [{name: shape for name, shape in each.items() if name not in self.scratch} for each in shapes]
+        layers = [allocate(ops, each, self.integers) for each in own]
         rest = dict(
             encoded=(N, c.C),
             lnf=(N, c.C),
@@ -629,7 +390,7 @@ class GPT2:
         """
         ops, p, L, NH, N = self.ops, self.params, self.config.L, self.config.NH, self.B * self.T
         dense = dense or self.always_dense
-        if self.grads_flat is None:
+        if self.grads is None:
             self.allocate_gradients()
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
@@ -673,37 +434,34 @@ class GPT2:
         """
         if dense:
             return self.dense_divergence(l, learn, scale)
-        ops, a, c = self.ops, self.layers[l], self.indexer.scale
+        ops, a, d, c = self.ops, self.layers[l], self.dacts, self.indexer.scale
         scores, p = (buffer[: a.index.size].reshape(a.index.shape) for buffer in (a.scores, a.p))
         ops.indexer_gathered_forward(scores, a.iq, a.ik, a.iw, a.index, a.count, c)
         ops.sparse_attention_mean(p, a.qkv, a.lse, a.index, a.count, self.config.NH)
         ops.fused_kl(a.kl, scores, p, scale)  # scores become their gradient
         if learn:
-            d = self.dacts
             ops.indexer_gathered_backward(d.iq, d.ik, d.iw, scores, a.iq, a.ik, a.iw, a.index, a.count, c)
 
     def dense_divergence(self, l: int, learn: bool, scale: float) -> None:
         """a.kl over all keys, a block of queries at a time; the prefix controller learns from the same blocks."""
-        ops, a, B, T, c = self.ops, self.layers[l], self.B, self.T, self.indexer.scale
+        ops, a, d, g, B, T, c = self.ops, self.layers[l], self.dacts, self.grads, self.B, self.T, self.indexer.scale
         adapt = learn and self.sparsity.adaptive == "prefix"
         if adapt:
             ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT)
         if learn:
-            self.dacts.ik.fill(0)
-        for first, scores in blocks(a.scores, B, 0, T):
+            d.ik.fill(0)
+        for first, scores in query_blocks(a.scores, B, 0, T, ROWS):
             p = a.p[: scores.size].reshape(scores.shape)
             ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, c, first)
             ops.attention_mean(p, a.qkv, a.lse, self.config.NH, first)
             if adapt:
                 self.selection.prefix_keep(l, a, scores, first, 0)
-                ops.mass_count(self.dacts.target, p, self.sparsity.coverage, first, 0, 0)
+                ops.mass_count(d.target, p, self.sparsity.coverage, first, 0, 0)
             ops.fused_kl(a.kl, scores, p, scale, first)
             if learn:
-                d = self.dacts
                 ops.indexer_scores_backward(d.iq, d.ik, d.iw, scores, a.iq, a.ik, a.iw, c, first)
         if adapt:
-            d, g, w2 = self.dacts, self.grads, self.params.ctlw2[l]
-            dw1, db1, dw2, db2 = g.ctlw1[l], g.ctlb1[l], g.ctlw2[l], g.ctlb2[l]
+            dw1, db1, dw2, db2, w2 = g.ctlw1[l], g.ctlb1[l], g.ctlw2[l], g.ctlb2[l], self.params.ctlw2[l]
             losses, kappa, hidden = d.ctl_losses, a.kappa, a.hidden
             ops.keep_controller_backward(losses, dw1, db1, dw2, db2, d.target, kappa, hidden, a.features, w2, scale)
 
@@ -715,7 +473,7 @@ class GPT2:
         Returns the norm of the model's gradient if grad_clip > 0, else None; it limits the model's alone.
         """
         ops, dense = self.ops, dense or self.always_dense
-        if self.m_flat is None:
+        if self.m is None:
             self.allocate_moments()
         norm = ops.global_norm(self.grads_flat[: self.own]) if grad_clip and t else None
         clip = grad_clip / norm if norm is not None and norm > grad_clip else 1.0
@@ -750,7 +508,7 @@ class GPT2:
             if not dense:
                 ops.attention_forward(a.btc, a.dense_lse, a.qkv, NH)
             top, count, agreement = ops.zeros(a.index.shape, np.int32), ops.zeros(a.count.shape, np.int32), Agreement()
-            for first, p in blocks(a.p, self.B, 0, self.T):
+            for first, p in query_blocks(a.p, self.B, 0, self.T, ROWS):
                 ops.attention_mean(p, a.qkv, a.lse if dense else a.dense_lse, NH, first)
                 ops.select_topk(top, count, p, a.count, first, 0, 0)
                 rows = slice(first, first + p.shape[1])
@@ -789,10 +547,9 @@ class GPT2:
             self.mlp.forward(l, a)
             ops.residual_forward(a.residual3, a.residual3, a.residual2)
             residual = a.residual3
-        lnf = decoder.lnf
-        ops.layernorm_forward(lnf, decoder.lnf_mean, decoder.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
-        headw, headb = self.head(p)
-        ops.matmul_forward(decoder.logits, lnf, headw, headb)
+        last, (headw, headb) = residual[n - 1 :], self.head(p)
+        ops.layernorm_forward(decoder.lnf, decoder.lnf_mean, decoder.lnf_rstd, last, p.lnfw, p.lnfb)
+        ops.matmul_forward(decoder.logits, decoder.lnf, headw, headb)
         return ops.to_host(decoder.logits)[0, : self.config.V]
 
     def decoder_layer(self, l: int, n: int, start: int) -> SimpleNamespace:
@@ -825,10 +582,6 @@ class GPT2:
         self.decoder.rows = allocate(ops, rows, self.integers)
 
 
-def total_bytes(buffers: SimpleNamespace) -> int:
-    return sum(array.nbytes for array in vars(buffers).values())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
@@ -836,9 +589,7 @@ def total_bytes(buffers: SimpleNamespace) -> int:
 def save(args: Namespace, model: GPT2, step: int, run: loop.Run, dense: bool):
     """Write the checkpoint, attention in its header, and the optimizer state for a run that goes on at `step`."""
     s, host, own = model.sparsity, model.ops.to_host, model.own
-    if (
-        s.indexer != "none" and s.attention == "sparse" and not s.leak
-    ):  # its loss may fail where the language's does not
+    if s.indexer_has_loss:  # it may fail where the language's does not
         run.val_loader.reset()
         divergences, _, _ = model.measure(run.val_loader.next_batch()[0], dense)
         loop.check_finite("indexer's", sum(divergences), step, args)
@@ -873,7 +624,7 @@ def main(argv: list[str] | None = None) -> int:
     if extra.size:
         print(f"{extra.size} parameters of indexer and controller, {file.params.size + extra.size} in all")
     model = GPT2(device, config, sparsity, np.concatenate([file.params, extra]), B, T, args.balance)
-    learns = args.train_indexer and sparsity.indexer != "none" and sparsity.attention == "sparse" and not sparsity.leak
+    learns = args.train_indexer and sparsity.indexer_has_loss
     if state:
         model.allocate_moments(state.m, state.v)
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")

@@ -1,16 +1,32 @@
 """What a selection of keys has of dense attention, and of answers: the figures that a validation prints.
 
-A model here is train_sparse_attn.GPT2: measure(inputs), forward(inputs), and what it keeps of each layer.
+A model here is train_sparse_attn.GPT2: measure(inputs, dense), forward(inputs, dense=...), and what it keeps of each
+layer; dense is whether it attends to all keys in this phase.
 """
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
+
+
+def ids(text: str) -> str:
+    """FIRST:END, two token ids."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end) < 1 << 24):
+        raise ArgumentTypeError(f"{text!r}, expected FIRST:END, two token ids")
+    return text
+
+
+def add_report_options(parser: ArgumentParser) -> None:
+    """Add the option about what a validation reports to `parser`."""
+    add = parser.add_argument_group("report").add_argument
+    add("--answers-after", type=ids, metavar="FIRST:END", help="ids whose next token is an answer: report accuracy")
 
 
 def kept_pairs(k: int, T: int) -> int:

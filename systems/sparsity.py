@@ -19,7 +19,17 @@ from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, keep_controller
 from kernels.cpu.sparse.upstream_controller import upstream_controller_init, upstream_controller_shapes
 from llmc import header, table
 from llmc.checkpoint import SPARSE_ATTENTION, DeepSeekConfig, GPT2Config, Model, check_trains, named_views
-from llmc.cli import fraction, refuse, resolve
+from llmc.cli import (
+    ArgumentParser,
+    flag01,
+    fraction,
+    natural,
+    natural_float,
+    positive_float,
+    positive_int,
+    refuse,
+    resolve,
+)
 from llmc.errors import UserError
 from llmc.header import Field, Real
 from llmc.rand import normals
@@ -76,6 +86,11 @@ class Sparsity:
     def adapts(self) -> bool:
         """Whether queries of one layer keep different numbers of keys; k is their limit then."""
         return self.selector == "top-p" or self.adaptive != "none"
+
+    @property
+    def indexer_has_loss(self) -> bool:
+        """Whether there is an indexer and attention for it to learn from: not where future keys are seen."""
+        return self.indexer != "none" and self.attention == "sparse" and not self.leak
 
     def fields(self) -> tuple[int, ...]:
         """The header fields."""
@@ -230,14 +245,6 @@ def layer_ratios(text: str, layers: int) -> tuple[float, ...]:
     return tuple(shares[0 if layer < third else 2 if layer >= layers - third else 1] for layer in range(layers))
 
 
-def ids(text: str) -> str:
-    """FIRST:END, two token ids."""
-    first, colon, end = text.partition(":")
-    if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end) < 1 << 24):
-        raise ArgumentTypeError(f"{text!r}, expected FIRST:END, two token ids")
-    return text
-
-
 def share(text: str) -> float:
     """A number above 0, at most 1."""
     if not (value := fraction(text)):
@@ -251,6 +258,36 @@ def coverage(text: str) -> float:
     if not value:
         raise ArgumentTypeError(f"{text!r}, expected a number above 0, at most 1")
     return value
+
+
+def add_sparsity_options(parser: ArgumentParser) -> None:
+    """Add the options about attention, the indexer and DeepSeek-style models to `parser`."""
+    add = parser.add_argument_group("attention (defaults: the -e file's, if it is sparse)").add_argument
+    add("--attention", choices=ATTENTION, default="sparse", help="dense: all keys, as GPT-2")
+    add("--selector", choices=SELECTORS, default="indexer", help="what chooses the keys: " + ", ".join(SELECTORS))
+    add("--top-k", type=positive_int, help="keys of a query, at most (default: --keep-ratio's)")
+    add("--keep-ratio", type=share, help="the same in parts of -t (default: 0.125; with top-p and --adaptive: 1)")
+    add("--layer-keep", metavar="R,R,...", help="--keep-ratio of each layer, or of early, middle and late layers")
+    add("--force-self", type=flag01, default=True, help="1: a query always keeps its own key")
+    add("--sink", type=flag01, default=False, help="1: and the first one")
+    add("--adaptive", choices=ADAPTIVE, default="none", help="k by query (prefix) or, acausal, sequence (upstream)")
+    add("--coverage", type=coverage, default="0.95", help="share of attention that top-p keeps, prefix learns to keep")
+    add("--legacy-leak", type=flag01, default=False, help="1: k keys for the first queries, too, so future ones")
+    add = parser.add_argument_group("indexer (sizes: of the -e file, if it has one)").add_argument
+    add("--indexer", choices=INDEXERS[1:], default="lightning", help="upstream: a key per head, constant head weights")
+    add("--indexer-heads", type=positive_int, default=4, help="heads of the indexer")
+    add("--indexer-dim", type=positive_int, default=64, help="width of a head of the indexer")
+    add("--indexer-rope", type=natural, help="rotated dims of the indexer (default: the model's, 0 for GPT-2)")
+    warmup = "first steps, in which attention is dense and it learns alone"
+    add("--indexer-warmup", type=natural, default=0, help=warmup)
+    add("--indexer-lr", type=positive_float, default=5e-3, help="its learning rate in the warm-up")
+    add("--indexer-lr-sparse", type=positive_float, default=2e-3, help="and after it")
+    add("--train-indexer", type=flag01, default=True, help="0: leave it as it is")
+    add = parser.add_argument_group("DeepSeek-style models").add_argument
+    add("--mla", type=flag01, default=None, help="1: the -e file must have latent attention, 0: must not")
+    add("--experts", type=natural, help="experts that the -e file must have, 0: none")
+    add("--top-experts", type=positive_int, help="experts that a token of the -e file must take")
+    add("--balance", type=natural_float, default=0.01, help="weight of the experts' load-balance loss")
 
 
 def check_architecture(args: Namespace, config: GPT2Config):
