@@ -389,7 +389,7 @@ class GPT2:
         qkv = shapes.pop("qkv")
         shared = vars(allocate(self.ops, shapes))
         once = {"residual": (maxT, C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,), "logits": (1, Vp)}
-        self.decoder = allocate(self.ops, once | {"tokens": (1, maxT)}, {"tokens": np.int32})
+        self.decoder = allocate(self.ops, once | {"tokens": (1, maxT)}, ("tokens",))
         self.decoder_layers = [SimpleNamespace(**shared, qkv=self.ops.zeros(qkv)) for _ in range(L)]
 
     def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
