@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_slow lint kernels roofline bench bench_band bench_sparse diff | clean help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse diff | clean help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -85,11 +85,17 @@ $(VENV)/test-ready: $(VENV)/ready requirements-test.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r $(VENV)/requirements-test.txt
 	@touch $@
 
-test: $(VENV)/test-ready  ## the tests, under 10 minutes on two cores
-	$(PY) -m pytest
+# a process a core; which runs a test makes no difference to it
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test_slow: $(VENV)/test-ready  ## the tests that take minutes
-	$(PY) -m pytest -m slow
+test: $(VENV)/test-ready  ## the tests, under 6 minutes on two cores
+	$(PYTEST)
+
+test_quick: $(VENV)/test-ready  ## ops on the CPU, file formats, a short run of each trainer: under 40 seconds
+	$(PYTEST) -m quick
+
+test_slow: $(VENV)/test-ready  ## many more damaged files, the runs that README shows: minutes
+	$(PYTEST) -m slow
 
 lint: $(VENV)/test-ready  ## ruff
 	$(PY) -m ruff check .

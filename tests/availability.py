@@ -5,6 +5,7 @@ could be had: a package that a requirements file asks for on this machine, a com
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def emulate(mode: str, folders: tuple[Path, ...] = (source.FOLDER,)) -> Emulated
     """The CUDA emulator in a mode. Skips the test on a system that is not Linux, raises BuildError without g++."""
     skip_off_linux()
     return EmulatedRuntime(mode, folders=folders)
+
+
+@cache
+def open_runtime(name: str) -> Runtime | EmulatedRuntime:
+    """ "gpu", or a mode of the emulator, opened once for all tests."""
+    return open_gpu() if name == "gpu" else emulate(name)
 
 
 def skip_off_linux() -> None:

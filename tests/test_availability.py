@@ -28,7 +28,7 @@ def open_library(name):
 driver.ctypes = SimpleNamespace(CDLL=open_library, c_int=ctypes.c_int, byref=ctypes.byref)
 """
 # one test of each fixture that opens a GPU
-TESTS = ("tests/test_cuda_runtime.py::test_copies_on_a_gpu", "tests/test_cuda_controller.py::test_prefix_features")
+TESTS = ("tests/test_cuda_runtime.py::test_copies_on_a_gpu", "tests/ops/test_prefix_features.py::test_prefix_features")
 
 
 def run_tests(tmp_path, *words: str, cupy: str | None = None, **environment: str) -> tuple[dict[str, int], str, int]:
@@ -71,7 +71,7 @@ def test_with_a_driver_a_gpu_that_does_not_open_is_a_failure(tmp_path, driver, c
 
 @pytest.mark.skipif(bool(build.foreign_system()), reason=build.foreign_system())
 def test_without_a_compiler_the_emulators_tests_fail(tmp_path):
-    tests = ("tests/test_cuda_controller.py::test_prefix_features", "tests/test_cuda_emulator.py")
+    tests = ("tests/ops/test_prefix_features.py::test_prefix_features", "tests/test_cuda_emulator.py")
     counts, said, code = run_tests(tmp_path, "-m", "not gpu", "-x", *tests, PATH="/nowhere")
     assert "skipped" not in counts and code == 1, said
     assert "the CUDA emulator needs g++ and addr2line: apt install g++ binutils" in said

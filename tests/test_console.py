@@ -61,11 +61,13 @@ def test_log_lines(tmp_path):
     assert (tmp_path / "log.txt").read_bytes() == b"s:0 tel:10.8250\ns:0 trl:10.5000\ns:12 trl:nan\n"  # no close needed
 
 
-def test_log_without_path_does_nothing():
+def test_log_without_path_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     log = Logger(None, start=3)
     log.val(0, 1.0)
     log.train(0, 1.0)
     log.close()
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
 
 
 def test_new_log_empties_the_file(tmp_path):

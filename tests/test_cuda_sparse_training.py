@@ -13,6 +13,8 @@ from test_sparse_model import CONFIGS, SPARSE, batch, tiny_model
 import train_sparse_attn
 from kernels import cuda
 
+pytestmark = pytest.mark.launches("gpt2", "sparse", "deepseek")
+
 TOL = 2e-5  # of float32 on two devices, relative to the largest value
 
 

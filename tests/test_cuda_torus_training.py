@@ -16,6 +16,8 @@ from kernels import cuda
 from llmc.checkpoint import named_views
 from systems.torus import ATTENTION, Torus
 
+pytestmark = pytest.mark.launches("gpt2", "torus")
+
 TOL = 2e-5  # of float32 on two devices, relative to the largest value
 
 

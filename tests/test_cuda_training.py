@@ -14,6 +14,8 @@ from kernels import cpu, cuda
 from llmc.checkpoint import read_model
 from llmc.init import gpt2_init
 
+pytestmark = pytest.mark.launches("gpt2", "band")
+
 
 @pytest.fixture
 def on_emulator(monkeypatch, emulator):

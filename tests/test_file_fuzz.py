@@ -81,12 +81,17 @@ ints = st.one_of(st.sampled_from(TELLING), st.integers(-(1 << 31), (1 << 31) - 1
 places = st.one_of(
     st.integers(0, 17), st.sampled_from([20, 21, 30, 31, 32, 33]), st.integers(126, 133), st.integers(0, 255)
 )
-sparing = settings(
-    derandomize=True,
-    deadline=None,
-    max_examples=80,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the one file is written anew in every example
-)
+
+
+@pytest.fixture(params=[12, pytest.param(500, marks=pytest.mark.slow)], ids=["few", "many"])
+def examples(request):
+    """How many damaged files; the same ones every time."""
+    return settings(
+        derandomize=True,
+        deadline=None,
+        max_examples=request.param,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],  # the one file is written anew in every example
+    )
 
 
 def equal(a, b):
@@ -136,10 +141,10 @@ def good(request, tmp_path, monkeypatch):
     return request.param, path, path.read_bytes(), read(path)
 
 
-def test_header_ints(good):
+def test_header_ints(good, examples):
     kind, path, data, original = good
 
-    @sparing
+    @examples
     @given(places, ints)
     def flip(index, value):
         changed = bytearray(data)
@@ -150,10 +155,10 @@ def test_header_ints(good):
     flip()
 
 
-def test_any_byte(good):
+def test_any_byte(good, examples):
     kind, path, data, original = good
 
-    @sparing
+    @examples
     @given(st.integers(0, len(data) - 1), st.integers(0, 255))
     def change(at, value):
         changed = bytearray(data)
@@ -164,10 +169,10 @@ def test_any_byte(good):
     change()
 
 
-def test_length(good):
+def test_length(good, examples):
     kind, path, data, _ = good
 
-    @sparing
+    @examples
     @given(st.integers(-len(data), 3000).filter(bool))
     def resize(change):
         path.write_bytes(data)
@@ -177,10 +182,10 @@ def test_length(good):
     resize()
 
 
-def test_any_bytes(good):
+def test_any_bytes(good, examples):
     kind, path, data, _ = good
 
-    @sparing
+    @examples
     @given(st.binary(max_size=2000), st.sampled_from([0, 8, 12, 1024]))
     def replace(tail, kept):
         path.write_bytes(data[:kept] + tail)

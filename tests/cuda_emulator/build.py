@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -138,7 +139,9 @@ def _build(name: str, files: list[tuple[str, str]], flags: list[str], libraries:
     if library.exists():
         return library
     CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+    with _locked(library.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        if library.exists():  # by now
+            return library
         objects = []
         for file, text in files:
             made = Path(folder, file)
@@ -149,8 +152,18 @@ def _build(name: str, files: list[tuple[str, str]], flags: list[str], libraries:
         # without -fsanitize=thread, which would want a library of its own here
         linking = [flag for flag in flags if flag == "-pthread" or "=address" in flag]
         _compile(name, [*linking, "-shared", "-o", made, *objects, *libraries])
-        os.replace(made, library)  # another process may have been as fast: the two are the same
+        os.replace(made, library)
     return library
+
+
+@contextmanager
+def _locked(path: Path):
+    """One process, or thread, at a time; the lock ends with its process."""
+    import fcntl  # not on Windows, where this is imported though nothing is compiled
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _compile(name: str, arguments: list) -> None:

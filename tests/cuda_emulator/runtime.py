@@ -165,11 +165,11 @@ class EmulatedRuntime:
 
     # ---- kernels
 
-    def build(self, *paths: Path) -> None:
-        """Compiles .cu files now (all of them if none is named), several at a time; else the first launch does it."""
+    def build(self, *paths: Path, jobs: int | None = None) -> None:
+        """Compiles .cu files now, all of them if none is named, `jobs` at a time; else the first launch does it."""
         paths = paths or tuple({kernel.path for kernel in self._kernels.values()})
         build.scheduler_library(self.mode, self.portable)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
             list(pool.map(self._library, paths))
 
     def launch(self, kernel: str, grid, block, args, shared_mem: int = 0) -> None:

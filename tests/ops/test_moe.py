@@ -1,35 +1,14 @@
-"""Mixture of experts on the CPU: the whole layer against a plain loop and finite differences, and bit for bit."""
+"""Mixture of experts, all of its ops together: against a loop over tokens and finite differences, and to the bit."""
 
 import numpy as np
 import pytest
-from check_op import check_op, relative
+from check_op import relative, rounded
+from routing import plan, router
 
-from kernels import cpu
-from kernels.cpu.deepseek.expert_matmul import alike_rows
+from kernels import cpu, cuda
 from kernels.cpu.deepseek.expert_plan import expert_rows
 
 STEP = 1e-5  # of the central difference
-
-
-def router(logits, top):
-    """probs, gates, experts"""
-    (N, E), dtype = logits.shape, logits.dtype
-    probs, gates, experts = (
-        np.full((N, E), np.nan, dtype),
-        np.full((N, top), np.nan, dtype),
-        np.full((N, top), 99, np.int32),
-    )
-    cpu.router_forward(probs, gates, experts, logits)
-    return probs, gates, experts
-
-
-def plan(experts, E):
-    """slot, source, tile_expert, load"""
-    rows, tile = expert_rows(*experts.shape, E)
-    slot, source = np.full(experts.shape, 99, np.int32), np.full(rows, 99, np.int32)
-    tile_expert, load = np.full(rows // tile, 99, np.int32), np.full(E, 99, np.int32)
-    cpu.expert_plan(slot, source, tile_expert, load, experts)
-    return slot, source, tile_expert, load
 
 
 class Layer:
@@ -126,76 +105,6 @@ def test_layer_gradients(N, C, E, F, top):
         assert np.abs(grads32[name] - grads[name]).max() / largest <= 1e-5
 
 
-def test_silu():
-    def forward(inp):
-        out = np.empty_like(inp)
-        cpu.silu_forward(out, inp)
-        return (out,)
-
-    def backward(dout, saved, inp):
-        dinp = np.empty_like(inp)
-        cpu.silu_backward(dinp, inp, dout)
-        return dict(inp=dinp)
-
-    check_op(forward, backward, inp=(3, 50))
-    far = np.array([-1e4, -200, -0.0, 200, 1e4], np.float32)
-    out = far.copy()
-    with np.errstate(all="raise"):
-        cpu.silu_forward(out, out)
-        assert out.tolist() == [0, 0, 0, 200, 1e4]
-        cpu.silu_backward(out, far, np.ones(5, np.float32))
-    assert out.tolist() == [0, 0, 0.5, 1, 1]
-
-
-def test_router_takes_the_lower_number_of_equal_logits():
-    logits = np.array([[1, 3, 3, 0], [2, 2, 2, 2], [-np.inf, 5, -np.inf, 4]], np.float32)
-    probs, gates, experts = router(logits, 3)
-    assert experts.tolist() == [[1, 2, 0], [0, 1, 2], [1, 3, 0]]
-    assert gates[1].tolist() == pytest.approx([1 / 3] * 3) and gates[2, 2] == 0
-    assert gates[0, 0] == gates[0, 1] == pytest.approx(1 / (2 + np.exp(-2)))
-    assert probs.sum(axis=1).tolist() == pytest.approx([1] * 3) and probs[1].tolist() == [0.25] * 4
-
-
-def test_router_of_large_logits_is_finite():
-    probs, gates, _ = router(np.array([[1e4, -1e4, 9e3]], np.float32), 2)
-    assert probs.tolist() == [[1, 0, 0]] and gates.tolist() == [[1, 0]]
-
-
-@pytest.mark.parametrize(
-    "N, top, E", [(1, 1, 1), (1, 2, 4), (3, 2, 4), (63, 1, 4), (64, 2, 4), (1000, 8, 256), (1024, 2, 4)]
-)
-def test_expert_rows_are_enough_for_any_choice(N, top, E):
-    rows, tile = expert_rows(N, top, E)
-    assert tile == min(64, 1 << (N.bit_length() - 1)) and rows % tile == 0
-    load = np.zeros(E, int)  # the worst: as many experts as possible with one row more than whole tiles
-    load[: min(E, N * top)] = 1
-    left = N * top - load.sum()
-    load[0] += left // tile * tile
-    assert (-(-load // tile)).sum() * tile <= rows <= N * top + E * (tile - 1)
-
-
-@pytest.mark.parametrize("N, E, top, taken", [
-    (1, 1, 1, 1), (9, 4, 2, 4), (200, 8, 3, 8), (200, 16, 2, 5), (64, 3, 1, 1), (500, 256, 8, 256), (7, 9, 9, 9)
-])  # fmt: skip
-def test_plan(N, E, top, taken):
-    """Every assignment has a row of its own in a tile of its expert, in the tokens' order; the rest is padding."""
-    rng = np.random.default_rng(N)
-    allowed = rng.permutation(E)[:taken]  # the other experts have no tokens
-    experts = np.stack([rng.permutation(allowed)[:top] for _ in range(N)]).astype(np.int32)
-    slot, source, tile_expert, load = plan(experts, E)
-    rows, tile = expert_rows(N, top, E)
-    assert load.tolist() == [int((experts == e).sum()) for e in range(E)]
-    assert source[slot].tolist() == np.arange(N * top).reshape(N, top).tolist()
-    assert (source >= 0).sum() == N * top and len(source) == rows
-    assert np.array_equal(tile_expert[slot // tile], experts)
-    used = tile_expert >= 0
-    assert np.array_equal(used, np.arange(len(used)) < used.sum()) and (np.diff(tile_expert[used]) >= 0).all()
-    assert np.bincount(tile_expert[used], minlength=E).tolist() == [-(-count // tile) for count in load.tolist()]
-    for e in range(E):
-        mine = slot[experts == e]  # in the order of the tokens
-        assert np.array_equal(mine, np.arange(len(mine)) + (mine[0] if len(mine) else 0))
-
-
 @pytest.mark.parametrize("beta", [0, 1])
 def test_experts_without_tokens(beta):
     """Their gradient is beta times what it was, not left as it is; dinp is not asked for."""
@@ -246,15 +155,42 @@ def test_no_bit_of_a_token_depends_on_the_others(N, C, F, dtype):
     assert slots_moved > 0  # or this shows nothing
 
 
-@pytest.mark.parametrize("C, OC", [(256, 1024), (33, 129), (64, 64)])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_alike_rows(C, OC, dtype):
-    """Among as many rows as the trial finds, a row has the same bits in every place, whatever the others hold."""
-    step, rng = alike_rows(64, C, OC, np.dtype(dtype)), np.random.default_rng(1)
-    weight, row = rng.standard_normal((OC, C)).astype(dtype), rng.standard_normal(C).astype(dtype)
-    results = []
-    for place in range(step):
-        rows = rng.standard_normal((step, C)).astype(dtype)
-        rows[place] = row
-        results.append((weight @ rows.T)[:, place].copy())
-    assert all(np.array_equal(result, results[0]) for result in results)
+# ----------------------------------------------------------------------------------------------------------------------
+# on CUDA: the emulator, and a GPU if there is one
+
+
+@pytest.mark.parametrize("N, C, F", [(48, 12, 20), (140, 8, 36)])
+def test_no_bit_of_a_token_depends_on_the_others_on_cuda(runtime, N, C, F):
+    """As on the CPU: neither what other tokens hold nor which experts they chose."""
+    device, E, top = cuda.device(runtime), 4, 2
+    shapes = dict(x=(N, C), wg=(E, C), w1=(E, F, C), w2=(E, C, F))
+    given, other = ({name: rounded(*shape, seed=seed) for name, shape in shapes.items()} for seed in (6, 7))
+
+    def layer(x):
+        """out, slot"""
+        x, wg, w1, w2 = (runtime.to_device(a.astype(np.float32)) for a in (x, given["wg"], given["w1"], given["w2"]))
+        rows, tile = expert_rows(N, top, E)
+        logits, probs, gates = runtime.zeros((N, E)), runtime.zeros((N, E)), runtime.zeros((N, top))
+        experts, slot = runtime.zeros((N, top), np.int32), runtime.zeros((N, top), np.int32)
+        source, tile_expert = runtime.zeros(rows, np.int32), runtime.zeros(rows // tile, np.int32)
+        load, out = runtime.zeros(E, np.int32), runtime.zeros((N, C))
+        inp, hidden, y = runtime.zeros((rows, C)), runtime.zeros((rows, F)), runtime.zeros((rows, C))
+        device.matmul_forward(logits, x, wg)
+        device.router_forward(probs, gates, experts, logits)
+        device.expert_plan(slot, source, tile_expert, load, experts)
+        device.expert_gather(inp, x, source, top)
+        device.expert_matmul_forward(hidden, inp, w1, tile_expert)
+        device.silu_forward(hidden, hidden)
+        device.expert_matmul_forward(y, hidden, w2, tile_expert)
+        device.expert_combine_forward(out, y, gates, slot)
+        return runtime.to_host(out), runtime.to_host(slot)
+
+    before, slots = layer(given["x"])
+    slots_moved = 0
+    for kept in (slice(0, N // 2), slice(N // 2, N)):  # earlier tokens, another row of the batch
+        x = other["x"].copy()
+        x[kept] = given["x"][kept]
+        after, moved = layer(x)
+        assert np.array_equal(after[kept], before[kept]) and not np.array_equal(after, before)
+        slots_moved += (moved[kept] != slots[kept]).sum()
+    assert slots_moved > 0  # or this shows nothing
