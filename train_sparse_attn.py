@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
     startup.begin()
 
-import math
 import time
 import warnings
 from argparse import Namespace
@@ -28,43 +27,37 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
 from llmc import errors, loop, options, table
-from llmc.checkpoint import (
-    DENSE,
-    MATRICES,
-    SPARSE_ATTENTION,
-    GPT2Config,
-    Model,
-    named_views,
-    num_parameters,
-    tensor_shapes,
-)
-from llmc.cli import ArgumentParser, flag01, natural, natural_float, positive_float, positive_int
+from llmc.buffers import allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
+from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
+from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
-from llmc.rand import normals
 from llmc.schedulers import learning_rate
-from systems.selection import Agreement, report
+from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
+from systems.selection import Agreement, add_report_options, report
 from systems.sparsity import (
-    ADAPTIVE,
-    ATTENTION,
-    FEATURES,
-    HIDDEN,
-    INDEXERS,
-    SELECTORS,
+    CONTROLLER,
+    SCORED,
     Sparsity,
+    add_sparsity_options,
     check_architecture,
     choose_sparsity,
-    coverage,
+    extra_init,
     extra_shapes,
-    ids,
     is_mla,
+    is_moe,
     print_sparsity,
-    read_sparsity,
-    share,
 )
 
 ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
+
+# tensors with one user, whose gradient is written by its product; all other gradients are added to, from 0
+WRITTEN = ("qkvw", "attprojw", "fcw", "fcprojw")  # GPT-2
+WRITTEN += ("qaw", "qbw", "kvaw", "kvbw", "routerw", "expertw", "expertprojw", "headw")  # DeepSeek
+WRITTEN += ("idxqw", "idxkw", "idxww")  # indexer
+SCRATCH = ("btc", "scores", "p", "dense_lse")  # activations that are one buffer for all layers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -82,169 +75,304 @@ k counts the keys of a query, of itself and all before it. Exit status: 0 done, 
 
 def arguments() -> ArgumentParser:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
-    add = parser.add_argument_group("attention (defaults: the -e file's, if it is sparse)").add_argument
-    add("--attention", choices=ATTENTION, default="sparse", help="dense: all keys, as GPT-2")
-    add("--selector", choices=SELECTORS, default="indexer", help="what chooses the keys: " + ", ".join(SELECTORS))
-    add("--top-k", type=positive_int, help="keys of a query, at most (default: --keep-ratio's)")
-    add("--keep-ratio", type=share, help="the same in parts of -t (default: 0.125; with top-p and --adaptive: 1)")
-    add("--layer-keep", metavar="R,R,...", help="--keep-ratio of each layer, or of early, middle and late layers")
-    add("--force-self", type=flag01, default=True, help="1: a query always keeps its own key")
-    add("--sink", type=flag01, default=False, help="1: and the first one")
-    add("--adaptive", choices=ADAPTIVE, default="none", help="k by query (prefix) or, acausal, sequence (upstream)")
-    add("--coverage", type=coverage, default="0.95", help="share of attention that top-p keeps, prefix learns to keep")
-    add("--legacy-leak", type=flag01, default=False, help="1: k keys for the first queries, too, so future ones")
-    add = parser.add_argument_group("indexer (sizes: of the -e file, if it has one)").add_argument
-    add("--indexer", choices=INDEXERS[1:], default="lightning", help="upstream: a key per head, constant head weights")
-    add("--indexer-heads", type=positive_int, default=4, help="heads of the indexer")
-    add("--indexer-dim", type=positive_int, default=64, help="width of a head of the indexer")
-    add("--indexer-rope", type=natural, help="rotated dims of the indexer (default: the model's, 0 for GPT-2)")
-    add(
-        "--indexer-warmup", type=natural, default=0, help="first steps, in which attention is dense and it learns alone"
-    )
-    add("--indexer-lr", type=positive_float, default=5e-3, help="its learning rate in the warm-up")
-    add("--indexer-lr-sparse", type=positive_float, default=2e-3, help="and after it")
-    add("--train-indexer", type=flag01, default=True, help="0: leave it as it is")
-    add = parser.add_argument_group("DeepSeek-style models").add_argument
-    add("--mla", type=flag01, default=None, help="1: the -e file must have latent attention, 0: must not")
-    add("--experts", type=natural, help="experts that the -e file must have, 0: none")
-    add("--top-experts", type=positive_int, help="experts that a token of the -e file must take")
-    add("--balance", type=natural_float, default=0.01, help="weight of the experts' load-balance loss")
+    add_sparsity_options(parser)
     options.add_options(parser)
-    add("--answers-after", type=ids, metavar="FIRST:END", help="ids whose next token is an answer: report accuracy")
+    add_report_options(parser)
     return parser
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the parts of a layer that can be exchanged
+
+
+class Heads(Attention):
+    """Queries, keys and values of all heads by one product, as in GPT-2."""
+
+    def forward(self, l: int, a, start: int = 0):
+        """The rows from `start` of a.qkv (B,start+T,3C), of a.ln1 (N,C)."""
+        p, new = self.params, a.qkv[:, start:]
+        self.ops.matmul_forward(new.reshape(len(a.ln1), -1), a.ln1, p.qkvw[l], p.qkvb[l])
+
+    def backward(self, l: int, a, d, g, beta: int):
+        """d.btc (N,C), the gradient at a.ln1, from d.qkv (B,T,3C)."""
+        dqkv = d.qkv.reshape(len(a.ln1), -1)
+        self.ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, self.params.qkvw[l], beta)
+
+
+class MLP(Part):
+    """GPT-2's: two layers with a GELU between."""
+
+    gradients = ("fch",)
+
+    def shapes(self, B: int, T: int) -> dict:
+        return dict(fch=(B * T, 4 * self.config.C), fch_gelu=(B * T, 4 * self.config.C))
+
+    def forward(self, l: int, a):
+        """a.residual3 (N,C), what is added to the stream, from a.ln2 (N,C)."""
+        ops, p = self.ops, self.params
+        ops.matmul_forward(a.fch, a.ln2, p.fcw[l], p.fcb[l])
+        ops.gelu_forward(a.fch_gelu, a.fch)
+        ops.matmul_forward(a.residual3, a.fch_gelu, p.fcprojw[l], p.fcprojb[l])
+
+    def backward(self, l: int, a, d, g, beta: int, balance: float):
+        """d.btc (N,C), the gradient at a.ln2, from d.residual (N,C)."""
+        ops, p = self.ops, self.params
+        ops.matmul_backward(d.fch, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu, p.fcprojw[l], beta)
+        ops.gelu_backward(d.fch, a.fch, d.fch)
+        ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.fch, a.ln2, p.fcw[l], beta)
+
+
+class Lightning(Part):
+    """DeepSeek's indexer: queries of several heads, one key a token for all of them, head weights from the token."""
+
+    gradients = ("iq", "ik", "iw", "ik0")
+
+    @property
+    def scale(self) -> float:
+        """c in I[t,s]"""
+        return (self.sparsity.width * self.sparsity.heads) ** -0.5
+
+    def kept(self) -> dict:
+        return dict(ik=self.sparsity.width)
+
+    def shapes(self, B: int, T: int) -> dict:
+        heads, width = self.sparsity.heads, self.sparsity.width
+        return dict(
+            iq=(B, T, heads * width),  # queries
+            iw=(B, T, heads),  # head weights
+            ik0=(B * T, width),  # keys before their layernorm; after it a.ik (B,start+T,width)
+            ik_mean=(B * T,),
+            ik_rstd=(B * T,),
+            kl=(B, T),  # the loss of a query
+        )
+
+    def forward(self, l: int, a, start: int = 0):
+        """a.iq, a.iw and the rows from `start` of a.ik, of a.ln1 (N,C); with MLA a.iq comes from its query latent."""
+        ops, p, s, N, ik = self.ops, self.params, self.sparsity, len(a.ln1), a.ik[:, start:]
+        ops.matmul_forward(a.iq.reshape(N, -1), a.qn if self.mla else a.ln1, p.idxqw[l])
+        ops.matmul_forward(a.ik0, a.ln1, p.idxkw[l])
+        ops.layernorm_forward(ik.reshape(N, -1), a.ik_mean, a.ik_rstd, a.ik0, p.idxknw[l], p.idxknb[l])
+        ops.matmul_forward(a.iw.reshape(N, -1), a.ln1, p.idxww[l])
+        if s.rotated:
+            ops.rope_forward(a.iq, s.heads, s.rotated, start)
+            ops.rope_forward(ik, 1, s.rotated, start)
+
+    def backward(self, l: int, a, d, g, beta: int):
+        """The gradients of its tensors, from d.iq, d.ik and d.iw; none flows on into its input."""
+        ops, p, s, N = self.ops, self.params, self.sparsity, len(a.ln1)
+        if s.rotated:
+            ops.rope_backward(d.iq, s.heads, s.rotated)
+            ops.rope_backward(d.ik, 1, s.rotated)
+        diq, dik, diw = d.iq.reshape(N, -1), d.ik.reshape(N, -1), d.iw.reshape(N, -1)
+        ops.matmul_backward(None, g.idxww[l], None, diw, a.ln1, p.idxww[l], beta)
+        ops.matmul_backward(None, g.idxqw[l], None, diq, a.qn if self.mla else a.ln1, p.idxqw[l], beta)
+        d.ik0.fill(0)
+        ops.layernorm_backward(d.ik0, g.idxknw[l], g.idxknb[l], dik, a.ik0, p.idxknw[l], a.ik_mean, a.ik_rstd)
+        ops.matmul_backward(None, g.idxkw[l], None, d.ik0, a.ln1, p.idxkw[l], beta)
+
+
+class Selection(Part):
+    """The keys of each query: those with the best scores, as many as k[l] or, if k adapts, as its selector allows."""
+
+    integers = ("keep", "count", "index")
+
+    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part):
+        super().__init__(ops, config, sparsity, params)
+        self.indexer = indexer
+
+    def shapes_of(self, l: int, B: int, T: int, keys: int) -> dict:
+        s, shapes = self.sparsity, {}
+        if s.attention == "sparse":
+            shapes |= dict(
+                keep=(B, T),  # how many keys a query may keep
+                count=(B, T),  # how many it has
+                index=(B, T, min(s.k[l], keys)),  # where they are, then -1
+            )
+        if s.adaptive == "prefix":
+            shapes |= dict(
+                features=(B, T, FEATURES),  # of the tokens up to a query
+                state=(B, 4, self.config.C),  # the sums behind them
+                hidden=(B, T, HIDDEN),
+                kappa=(B, T),  # the share of keys that the controller keeps
+            )
+        return shapes
+
+    def forward(self, l: int, a, start: int, draw: int, leak: bool):
+        """a.index, a.count of the queries at positions start.., a block of them at a time."""
+        ops, s, (B, T) = self.ops, self.sparsity, a.count.shape
+        if s.selector == "oracle":
+            ops.attention_forward(a.btc, a.dense_lse, a.qkv, self.config.NH, start)
+        if s.adaptive == "prefix":
+            ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT, start)
+        elif s.adaptive == "upstream":  # of all tokens that there are
+            ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
+        else:
+            a.keep.fill(s.k[l])
+        for first, scores in query_blocks(a.scores, B, start, start + T, ROWS):
+            self.score(l, a, scores, first, start, draw)
+            if s.selector == "top-p":
+                ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
+            if s.adaptive == "prefix":
+                self.prefix_keep(l, a, scores, first, start)
+            ops.select_topk(a.index, a.count, scores, a.keep, first, start, int(s.force_self), int(s.sink), int(leak))
+
+    def score(self, l: int, a, scores, first: int, start: int, draw: int):
+        """scores (B,rows,keys) of the queries at positions first..; of equal scores the most recent key's wins."""
+        ops, selector = self.ops, self.sparsity.selector
+        if selector == "oracle":
+            ops.attention_mean(scores, a.qkv, a.dense_lse, self.config.NH, first, start)
+        elif selector == "random":
+            ops.random_scores(scores, (self.sparsity.seed + 1000003 * draw + 7919 * l) % 2**32, first)
+        elif selector == "recency":
+            scores.fill(0)
+        elif selector in SCORED:
+            ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, self.indexer.scale, first, start)
+
+    def prefix_keep(self, l: int, a, scores, first: int, start: int):
+        """a.keep of a block of queries, from the features of what came before and the entropy of their scores."""
+        ops, p, rows, k = self.ops, self.params, scores.shape[1], self.sparsity.k[l]
+        w1, b1, w2, b2 = p.ctlw1[l], p.ctlb1[l], p.ctlw2[l], p.ctlb2[l]
+        ops.row_entropy(a.features, scores, first, start)  # the last feature
+        ops.keep_controller_forward(a.keep, a.kappa, a.hidden, a.features, w1, b1, w2, b2, first, rows, k, start)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
 
-def extra_init(device, file: Model, s: Sparsity, path: str, seed: int) -> np.ndarray:
-    """Values of the extra tensors, flat: the file's where it has them, else drawn."""
-    config = file.config
-    shapes, generator = extra_shapes(config, s), normals(seed)
-    flat = np.zeros(sum(map(math.prod, shapes.values())), np.float32)
-    views = named_views(flat, shapes)
-    for name, values in views.items():
-        if name in ("idxqw", "idxkw", "idxww"):
-            values[...] = generator.standard_normal(values.shape) * (config.C**-0.5 if name == "idxww" else 0.02)
-        elif name == "idxwb":  # as published
-            values[...] = abs(generator.standard_normal(values.shape)) * 0.1
-        elif name == "idxknw":
-            values[...] = 1
-        elif name == "controller":
-            for layer in values:
-                layer[...] = device.upstream_controller_init(config.C, generator)
-    if "ctlw1" in views:
-        names = ("ctlw1", "ctlb1", "ctlw2", "ctlb2")
-        for l in range(config.L):
-            start = device.keep_controller_init(generator)
-            for name, values in named_views(start, {name: views[name].shape[1:] for name in names}).items():
-                views[name][l] = values
-    for name, values in named_views(file.extra, extra_shapes(config, read_sparsity(file, path))).items():
-        if name in views:
-            views[name][...] = values
-    return flat
-
-
 class GPT2:
     """The model on a device: parameters, gradients, m and v are one flat float32 buffer each, with a view per tensor.
 
     The model's own parameters come first, then the indexer's and the controllers', which have a loss of their own.
+    The phase is an argument. dense: queries attend to all keys, as in the indexer's warm-up, and always if that is what
+    sparsity.attention says; draw: number of the random selector's draw.
     """
 
-    def __init__(self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B: int, T: int):
-        self.ops, self.config, self.sparsity, self.B, self.T = device, config, sparsity, B, T
+    def __init__(self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B, T, balance=0.01):
+        """params: all values, flat; B rows of T tokens; balance: weight of the experts' load-balance loss."""
+        self.ops, self.config, self.sparsity, self.B, self.T, self.balance = device, config, sparsity, B, T, balance
         self.extra = extra_shapes(config, sparsity)
         self.shapes = tensor_shapes(config) | self.extra
-        self.mla, self.moe = is_mla(config), getattr(config, "E", 0) > 0
         self.own = num_parameters(config)  # values of the model itself, in front
-        self.params_flat, self.params = self._buffer(params)
-        self.no_weights = device.zeros((sparsity.heads, config.C)) if sparsity.indexer == "upstream" else None
-        self.dense = sparsity.attention == "dense"  # what forward runs; the warm-up sets it
-        self.balance, self.draw = 0.01, 0  # weight of the load-balance loss; which draw of the random selector
-        self.grads_flat = self.m_flat = self.v_flat = self.layers = self.acts = self.decoder = None
+        self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.always_dense, self.mla = sparsity.attention == "dense", is_mla(config)
+        self.tied = "headw" not in self.shapes  # GPT-2's head is wte, a DeepSeek-style model has its own
+        self.written = (*WRITTEN, "wte") if self.tied else WRITTEN  # the head's product comes before the encoder's sum
 
-    def _buffer(self, values: np.ndarray | None = None) -> tuple:
-        """A flat buffer on the device, of `values` or of zeros for all parameters, and its views by name."""
-        count = sum(map(math.prod, self.shapes.values()))
-        flat = self.ops.zeros(count) if values is None else self.ops.to_device(values)
-        return flat, SimpleNamespace(**named_views(flat, self.shapes))
+        part = device, config, sparsity, self.params
+        self.attention = Latents(*part) if self.mla else Heads(*part)
+        absorbs = self.mla and sparsity.selector != "oracle"  # the oracle looks at whole keys
+        self.decoding = AbsorbedLatents(*part) if absorbs else self.attention
+        self.mlp = Experts(*part) if is_moe(config) else MLP(*part)
+        kinds = dict(none=NoIndexer, lightning=Lightning, upstream=UpstreamIndexer)
+        self.indexer = kinds[sparsity.indexer](*part)
+        self.selection = Selection(*part, self.indexer)
+        self.parts = self.attention, self.mlp, self.indexer, self.selection
+        self.scratch = SCRATCH + self.attention.scratch + self.mlp.scratch
+        self.integers = self.mlp.integers + self.selection.integers
+        self.acts = self.grads = self.dacts = self.m = self.decoder = None  # allocated when first needed
 
-    def _allocate(self, shapes: dict) -> SimpleNamespace:
-        ints = ("index", "count", "keep", "target", "experts", "slot", "source", "tile_expert", "load")
-        return SimpleNamespace(
-            **{n: self.ops.zeros(s, np.int32 if n in ints else np.float32) for n, s in shapes.items()}
-        )
-
-    def _layer_shapes(self, l: int, B: int, T: int, start: int = 0) -> dict:
-        """What a layer keeps of a forward pass over B x T new tokens behind `start` old ones."""
-        c, s = self.config, self.sparsity
-        N, C = B * T, c.C
-        shapes = dict(ln1=(N, C), ln1_mean=(N,), ln1_rstd=(N,), qkv=(B, start + T, 3 * C), atty=(N, C))
-        shapes |= dict(lse=(B, c.NH, T), residual2=(N, C), ln2=(N, C), ln2_mean=(N,), ln2_rstd=(N,), residual3=(N, C))
-        if self.mla:
-            shapes |= dict(qa=(N, c.q_rank), qn=(N, c.q_rank), q_rrms=(N,), kva=(N, c.kv_rank + c.R))
-            shapes |= dict(kvn=(N, c.kv_rank), kv_rrms=(N,))
-        if self.moe:
-            rows, tile = self.ops.expert_rows(N, c.top, c.E)
-            shapes |= dict(probs=(N, c.E), gates=(N, c.top), experts=(N, c.top), slot=(N, c.top), source=(rows,))
-            shapes |= dict(tile_expert=(rows // tile,), load=(c.E,), exh=(rows, c.F), exy=(rows, C))
-        else:
-            shapes |= dict(fch=(N, 4 * C), fch_gelu=(N, 4 * C))
-        if s.attention == "sparse":
-            shapes |= dict(keep=(B, T), count=(B, T), index=(B, T, min(s.k[l], start + T)))
-        if s.indexer != "none":
-            keys = s.width * (s.heads if s.indexer == "upstream" else 1)
-            shapes |= dict(iq=(B, T, s.heads * s.width), ik=(B, start + T, keys), iw=(B, T, s.heads), kl=(B, T))
-            shapes |= dict(ik0=(N, keys), ik_mean=(N,), ik_rstd=(N,))
-        if s.adaptive == "prefix":
-            shapes |= dict(features=(B, T, FEATURES), state=(B, 4, C), kappa=(B, T), hidden=(B, T, HIDDEN))
-        return shapes
-
-    def _scratch_shapes(self, B: int, T: int, keys: int) -> dict:
-        """Buffers that every layer uses anew."""
-        c, N = self.config, B * T
+    def layer_shapes(self, l: int, attention: Part, B: int, T: int, keys: int) -> dict:
+        """Layer l's activations for B x T new tokens and so many keys, but for what is kept of every position."""
+        N, C, NH = B * T, self.config.C, self.config.NH
         block = (B * max(min(ROWS, T) * keys, T * min(max(self.sparsity.k), keys)),)
-        shapes = dict(scores=block, p=block, btc=(N, c.C), dense_lse=(B, c.NH, T))
-        if self.mla:
-            shapes |= dict(q=(N, c.C), kv=(N, c.NH * (2 * c.C // c.NH - c.R)))
-        if self.moe:
-            rows, _ = self.ops.expert_rows(N, c.top, c.E)
-            shapes |= dict(router=(N, c.E), exi=(rows, c.C), exa=(rows, c.F), balance=(1,))
-        return shapes
+        shapes = dict(
+            ln1=(N, C),
+            ln1_mean=(N,),
+            ln1_rstd=(N,),
+            atty=(N, C),
+            lse=(B, NH, T),  # log of the sum over a query's keys
+            residual2=(N, C),  # behind attention
+            ln2=(N, C),
+            ln2_mean=(N,),
+            ln2_rstd=(N,),
+            residual3=(N, C),  # behind the MLP
+            btc=(N, C),
+            scores=block,  # of a block of queries and all keys, or of all queries and the keys selected
+            p=block,  # attention, the heads' mean
+            dense_lse=(B, NH, T),  # lse if all keys were selected
+        )
+        parts = attention.shapes(B, T) | self.mlp.shapes(B, T) | self.indexer.shapes(B, T)
+        return shapes | parts | self.selection.shapes_of(l, B, T, keys)
 
-    def forward(self, inputs: np.ndarray, targets: np.ndarray | None = None, grad_accum: int = 1) -> None:
+    def allocate_activations(self):
+        ops, c, B, T, N = self.ops, self.config, self.B, self.T, self.B * self.T
+        kept = {name: (B, T, channels) for name, channels in (self.attention.kept() | self.indexer.kept()).items()}
+        shapes = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
+        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch})
+        own = [{name: shape for name, shape in each.items() if name not in self.scratch} for each in shapes]
+        layers = [allocate(ops, each, self.integers) for each in own]
+        rest = dict(
+            encoded=(N, c.C),
+            lnf=(N, c.C),
+            lnf_mean=(N,),
+            lnf_rstd=(N,),
+            logits=(N, c.Vp),
+            losses=(N,),
+        )
+        self.acts = allocate(ops, rest)
+        self.inputs, self.targets = ops.zeros((B, T), np.int32), ops.zeros(N, np.int32)
+        tell_allocated(sum(map(total_bytes, (*layers, shared, self.acts))), "activations")
+        self.layers = [SimpleNamespace(**vars(a), **vars(shared), seen=a.ln1.reshape(B, T, c.C)) for a in layers]
+
+    def allocate_gradients(self):
+        ops, B, T, N, C, a = self.ops, self.B, self.T, self.B * self.T, self.config.C, vars(self.layers[0])
+        tell_allocated(self.params_flat.nbytes, "parameter gradients")
+        self.grads_flat, self.grads = flat_buffer(ops, self.shapes)
+        shapes = dict(residual=(N, C), btc=(N, C))
+        shapes |= {name: a[name].shape for part in self.parts for name in part.gradients}
+        if self.sparsity.adaptive == "prefix":
+            shapes |= dict(target=(B, T), ctl_losses=(B, T))  # keys that would have been enough; the controller's loss
+        self.dacts = allocate(ops, shapes, ("target",))
+        tell_allocated(total_bytes(self.dacts), "activation gradients")
+
+    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None):
+        """AdamW's m and v: a checkpoint's, or zeros."""
+        for name in ("m", "v"):
+            tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
+        self.m_flat, self.m = flat_buffer(self.ops, self.shapes, m)
+        self.v_flat, self.v = flat_buffer(self.ops, self.shapes, v)
+
+    def head(self, views) -> tuple:
+        """The output head's weight (Vp,C) and bias (Vp), which GPT-2 lacks, among the parameters or the gradients."""
+        return (views.wte, None) if self.tied else (views.headw, views.headb)
+
+    def forward(self, inputs, targets=None, grad_accum: int = 1, dense: bool = False, draw: int = 0) -> None:
         """inputs, targets (B,T) int32 -> logits; with targets, losses, which mean_loss fetches.
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
-        ops, p, B, T, L, C = self.ops, self.params, self.B, self.T, self.config.L, self.config.C
-        N = B * T
-        if self.layers is None:
-            self.layers = [self._allocate(self._layer_shapes(l, B, T)) for l in range(L)]
-            shapes = self._scratch_shapes(B, T, T) | dict(encoded=(N, C), lnf=(N, C), lnf_mean=(N,), lnf_rstd=(N,))
-            self.acts = self._allocate(shapes | dict(logits=(N, self.config.Vp), losses=(N,)))
-            arrays = [array for space in (*self.layers, self.acts) for array in vars(space).values()]
-            print(f"allocated {sum(array.nbytes for array in arrays) >> 20} MiB for activations")
-            self.inputs, self.targets = ops.zeros((B, T), np.int32), ops.zeros(N, np.int32)
-        a = self.acts
+        ops, p, NH, N = self.ops, self.params, self.config.NH, self.B * self.T
+        dense = dense or self.always_dense
+        if self.acts is None:
+            self.allocate_activations()
+        acts = self.acts
         ops.copy_in(self.inputs, inputs)
-        ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
-        residual = a.encoded  # (N,C)
-        for l, v in enumerate(self.layers):
-            self._layer(l, v, a, residual, 0)
-            residual = v.residual3
-        ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, residual, p.lnfw, p.lnfb)
-        self._head(a.logits, a.lnf)
+        ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
+        residual = acts.encoded  # (N,C)
+        for l, a in enumerate(self.layers):
+            ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+            self.attention.forward(l, a)
+            if dense:
+                ops.attention_forward(a.atty, a.lse, a.qkv, NH)
+            else:
+                self.indexer.forward(l, a)
+                self.selection.forward(l, a, 0, draw, self.sparsity.leak)
+                ops.sparse_attention_forward(a.atty, a.lse, a.qkv, a.index, a.count, NH)
+            ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
+            ops.fused_residual_forward(
+                a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
+            )
+            self.mlp.forward(l, a)
+            ops.residual_forward(a.residual3, a.residual3, a.residual2)
+            residual = a.residual3
+        ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
+        headw, headb = self.head(p)
+        ops.matmul_forward(acts.logits, acts.lnf, headw, headb)  # (N,Vp)
         if targets is not None:
             ops.copy_in(self.targets, targets.ravel())
-            ops.fused_classifier(a.losses, a.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses, self.grad_accum = ops.to_host_later(a.losses), grad_accum
-
-    def _head(self, logits, x):
-        """logits (N,Vp): GPT-2's head is wte, a DeepSeek-style model has its own."""
-        own = hasattr(self.params, "headw")
-        self.ops.matmul_forward(logits, x, *((self.params.headw, self.params.headb) if own else (self.params.wte,)))
+            ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
+            self.losses = ops.to_host_later(acts.losses)
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
@@ -254,431 +382,222 @@ class GPT2:
         """The indexer's loss, a mean over layers and queries, of the last backward that trained it."""
         return sum(float(kl().mean()) for kl in self.divergences) / self.config.L
 
-    def _layer(self, l: int, v, s, residual, start: int):
-        """One layer over the rows `residual` (N,C) at positions start.. : v keeps what backward needs, s is scratch."""
-        ops, p, NH = self.ops, self.params, self.config.NH
-        ops.layernorm_forward(v.ln1, v.ln1_mean, v.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-        if hasattr(v, "latent"):
-            self._latent_attention(l, v, s, start)
-        else:
-            self._queries_keys_values(l, v, s, start)
-            if self.dense:
-                ops.attention_forward(v.atty, v.lse, v.qkv, NH, start)
-            else:
-                self._index(l, v, start)
-                self._select(l, v, s, start)
-                ops.sparse_attention_forward(v.atty, v.lse, v.qkv, v.index, v.count, NH, start)
-        ops.matmul_forward(v.residual2, v.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
-        ln2 = (v.ln2, v.ln2_mean, v.ln2_rstd)
-        ops.fused_residual_forward(v.residual2, *ln2, v.residual2, residual, p.ln2w[l], p.ln2b[l])
-        if self.moe:
-            ops.matmul_forward(s.router, v.ln2, p.routerw[l])  # (N,E)
-            ops.router_forward(v.probs, v.gates, v.experts, s.router)
-            ops.expert_plan(v.slot, v.source, v.tile_expert, v.load, v.experts)
-            ops.expert_gather(s.exi, v.ln2, v.source, self.config.top)
-            ops.expert_matmul_forward(v.exh, s.exi, p.expertw[l], v.tile_expert)
-            ops.silu_forward(s.exa, v.exh)
-            ops.expert_matmul_forward(v.exy, s.exa, p.expertprojw[l], v.tile_expert)
-            ops.expert_combine_forward(v.residual3, v.exy, v.gates, v.slot)
-        else:
-            ops.matmul_forward(v.fch, v.ln2, p.fcw[l], p.fcb[l])
-            ops.gelu_forward(v.fch_gelu, v.fch)
-            ops.matmul_forward(v.residual3, v.fch_gelu, p.fcprojw[l], p.fcprojb[l])
-        ops.residual_forward(v.residual3, v.residual3, v.residual2)
-
-    def _queries_keys_values(self, l: int, v, s, start: int):
-        """The new rows of v.qkv: one product in GPT-2; in MLA through a latent for queries, one for keys and values."""
-        ops, p = self.ops, self.params
-        qkv = v.qkv[:, start:]
-        if not self.mla:
-            return ops.matmul_forward(qkv.reshape(len(v.ln1), -1), v.ln1, p.qkvw[l], p.qkvb[l])
-        self._latents(l, v, s)
-        ops.rmsnorm_forward(v.kvn, v.kv_rrms, v.kva, p.kvnw[l])
-        ops.matmul_forward(s.kv, v.kvn, p.kvbw[l])
-        ops.mla_qkv_forward(qkv, s.q, s.kv, v.kva, self.config.NH, self.config.R, start)
-
-    def _latents(self, l: int, v, s):
-        """MLA's queries s.q (N,C), by way of their normed latent v.qn, and v.kva: the keys' latent and rotary key."""
-        ops, p = self.ops, self.params
-        ops.matmul_forward(v.qa, v.ln1, p.qaw[l])
-        ops.rmsnorm_forward(v.qn, v.q_rrms, v.qa, p.qnw[l])
-        ops.matmul_forward(s.q, v.qn, p.qbw[l])
-        ops.matmul_forward(v.kva, v.ln1, p.kvaw[l])
-
-    def _index(self, l: int, v, start: int):
-        """The indexer's queries, keys and head weights for the new rows."""
-        ops, p, s = self.ops, self.params, self.sparsity
-        if s.indexer == "none":
-            return
-        N = len(v.ln1)
-        iq, ik, iw = v.iq.reshape(N, -1), v.ik[:, start:], v.iw.reshape(N, -1)
-        if s.indexer == "upstream":
-            ops.matmul_forward(iq, v.ln1, p.idxqw[l], p.idxqb[l])
-            ops.matmul_forward(ik.reshape(N, -1), v.ln1, p.idxkw[l], p.idxkb[l])
-            return ops.matmul_forward(iw, v.ln1, self.no_weights, p.idxwb[l])
-        ops.matmul_forward(iq, v.qn if self.mla else v.ln1, p.idxqw[l])
-        ops.matmul_forward(v.ik0, v.ln1, p.idxkw[l])
-        ops.layernorm_forward(ik.reshape(N, -1), v.ik_mean, v.ik_rstd, v.ik0, p.idxknw[l], p.idxknb[l])
-        ops.matmul_forward(iw, v.ln1, p.idxww[l])
-        if s.rotated:
-            ops.rope_forward(v.iq, s.heads, s.rotated, start)
-            ops.rope_forward(ik, 1, s.rotated, start)
-
-    @property
-    def _scale(self) -> float:
-        """Of the indexer's scores."""
-        return 1.0 if self.sparsity.indexer == "upstream" else (self.sparsity.width * self.sparsity.heads) ** -0.5
-
-    def _blocks(self, buffer, B: int, start: int, T: int):
-        """(first, B x rows x keys view of buffer) for blocks of queries at first.. with the keys up to their last."""
-        for first in range(start, T, ROWS):
-            rows, keys = min(ROWS, T - first), min(first + ROWS, T)
-            yield first, buffer[: B * rows * keys].reshape(B, rows, keys)
-
-    def _select(self, l: int, v, scratch, start: int):
-        """v.index, v.count: the keys of the queries at positions start.., a block of queries at a time."""
-        ops, s, NH = self.ops, self.sparsity, self.config.NH
-        B, n = v.count.shape
-        if s.selector == "oracle":
-            ops.attention_forward(scratch.btc, scratch.dense_lse, v.qkv, NH, start)
-        if s.adaptive == "prefix":
-            ops.prefix_features(v.features, v.state, v.ln1.reshape(B, n, -1), self.config.maxT, start)
-        elif s.adaptive == "upstream":  # from all the tokens that there are; a decoder keeps those before in v.seen
-            seen = v.seen if hasattr(v, "seen") else v.ln1.reshape(B, n, -1)
-            ops.upstream_controller(v.keep, seen, self.params.controller[l])
-        else:
-            v.keep.fill(s.k[l])
-        for first, scores in self._blocks(scratch.scores, B, start, start + n):
-            if s.selector == "oracle":
-                ops.attention_mean(scores, v.qkv, scratch.dense_lse, NH, first, start)
-            elif s.selector == "random":
-                ops.random_scores(scores, (s.seed + 1000003 * self.draw + 7919 * l) % 2**32, first)
-            elif s.selector == "recency":
-                scores.fill(0)  # the most recent wins ties
-            else:
-                ops.indexer_scores_forward(scores, v.iq, v.ik, v.iw, self._scale, first, start)
-            if s.selector == "top-p":
-                ops.mass_count(v.keep, scores, s.coverage, first, start, 1)
-            if s.adaptive == "prefix":
-                self._prefix_keep(l, v, scores, first, start)
-            leak = int(s.leak and scratch is self.acts)  # a decoder has no future keys
-            ops.select_topk(v.index, v.count, scores, v.keep, first, start, int(s.force_self), int(s.sink), leak)
-
-    def _prefix_keep(self, l: int, v, scores, first: int, start: int):
-        """v.keep of a block of queries, from the features of what came before and the entropy of their scores."""
-        ops, p = self.ops, self.params
-        ops.row_entropy(v.features, scores, first, start)  # the last feature
-        weights = p.ctlw1[l], p.ctlb1[l], p.ctlw2[l], p.ctlb2[l]
-        rows, most = scores.shape[1], self.sparsity.k[l]
-        ops.keep_controller_forward(v.keep, v.kappa, v.hidden, v.features, *weights, first, rows, most, start)
-
-    def _divergence(self, l: int, v, learn: bool, dscale: float = 0.0):
-        """v.kl (B,T): KL(p || softmax(scores)) of each query, over all keys if attention is dense, else those selected.
-
-        learn: also its gradients at the indexer's queries, keys and head weights, into dacts, and --adaptive prefix's.
-        """
-        ops, a, NH, d, s = self.ops, self.acts, self.config.NH, self.dacts if learn else None, self.sparsity
-        indexer = v.iq, v.ik, v.iw
-        if not self.dense:
-            scores, p = (buffer[: v.index.size].reshape(v.index.shape) for buffer in (a.scores, a.p))
-            ops.indexer_gathered_forward(scores, *indexer, v.index, v.count, self._scale)
-            ops.sparse_attention_mean(p, v.qkv, v.lse, v.index, v.count, NH)
-            ops.fused_kl(v.kl, scores, p, dscale)
-            if learn:
-                grads = d.iq, d.ik, d.iw
-                ops.indexer_gathered_backward(*grads, scores, *indexer, v.index, v.count, self._scale)
-            return
-        adapt = learn and s.adaptive == "prefix"
-        if adapt:
-            ops.prefix_features(v.features, v.state, v.ln1.reshape(self.B, self.T, -1), self.config.maxT)
-        if learn:
-            d.ik.fill(0)
-        for (first, scores), (_, p) in zip(*(self._blocks(buffer, self.B, 0, self.T) for buffer in (a.scores, a.p))):
-            ops.indexer_scores_forward(scores, *indexer, self._scale, first)
-            ops.attention_mean(p, v.qkv, v.lse, NH, first)
-            if adapt:
-                self._prefix_keep(l, v, scores, first, 0)
-                ops.mass_count(d.target, p, s.coverage, first, 0, 0)
-            ops.fused_kl(v.kl, scores, p, dscale, first)
-            if learn:
-                ops.indexer_scores_backward(d.iq, d.ik, d.iw, scores, *indexer, self._scale, first)
-        if adapt:
-            grads = [getattr(self.grads, name)[l] for name in ("ctlw1", "ctlb1", "ctlw2", "ctlb2")]
-            saved = v.kappa, v.hidden, v.features, self.params.ctlw2[l]
-            ops.keep_controller_backward(d.ctl_losses, *grads, d.target, *saved, dscale)
-
-    def _indexer_backward(self, l: int, v, beta: int):
-        """The indexer's gradients from its own loss. Nothing flows on into its input or into attention."""
-        ops, p, g, d, s, N = self.ops, self.params, self.grads, self.dacts, self.sparsity, len(v.ln1)
-        if self.dense:
-            self._index(l, v, 0)
-        self._divergence(l, v, True, 1 / (N * self.grad_accum))
-        diq, dik, diw = d.iq.reshape(N, -1), d.ik.reshape(N, -1), d.iw.reshape(N, -1)
-        if s.indexer == "upstream":
-            ops.matmul_backward(None, g.idxqw[l], g.idxqb[l], diq, v.ln1, p.idxqw[l], beta)
-            ops.matmul_backward(None, g.idxkw[l], g.idxkb[l], dik, v.ln1, p.idxkw[l], beta)
-            return ops.column_sum(g.idxwb[l], diw)
-        if s.rotated:
-            ops.rope_backward(d.iq, s.heads, s.rotated)
-            ops.rope_backward(d.ik, 1, s.rotated)
-        ops.matmul_backward(None, g.idxww[l], None, diw, v.ln1, p.idxww[l], beta)
-        ops.matmul_backward(None, g.idxqw[l], None, diq, v.qn if self.mla else v.ln1, p.idxqw[l], beta)
-        d.ik0.fill(0)
-        norm = p.idxknw[l], v.ik_mean, v.ik_rstd
-        ops.layernorm_backward(d.ik0, g.idxknw[l], g.idxknb[l], dik, v.ik0, *norm)
-        ops.matmul_backward(None, g.idxkw[l], None, d.ik0, v.ln1, p.idxkw[l], beta)
-
-    def backward(self, first: bool = True, model: bool = True, indexer: bool = False):
+    def backward(self, first=True, model=True, indexer=False, dense: bool = False, grad_accum: int = 1) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add.
 
         model: those of the language-model loss, at the model's own parameters; indexer: those of the indexer's KL.
+        dense, grad_accum: as in that forward.
         """
-        ops, p, a, L, C = self.ops, self.params, self.acts, self.config.L, self.config.C
-        N = self.B * self.T
-        if self.grads_flat is None:
-            self._allocate_gradients()
-        g, d, beta = self.grads, self.dacts, 0 if first else 1
-        tied = not hasattr(p, "headw")
-        if first:  # the matrices' gradients are written by their product, all others are added to
-            for name, tensor in vars(g).items():
-                if name not in (*MATRICES, "idxqw", "idxkw", "idxww") or name == "wpe" or (name == "wte" and not tied):
-                    tensor.fill(0)
+        ops, p, L, NH, N = self.ops, self.params, self.config.L, self.config.NH, self.B * self.T
+        dense = dense or self.always_dense
+        if self.grads is None:
+            self.allocate_gradients()
+        acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
+        if first:
+            for name, gradient in vars(g).items():
+                if name not in self.written:
+                    gradient.fill(0)
         if indexer:
             for l in reversed(range(L)):
-                self._indexer_backward(l, self.layers[l], beta)
-            self.divergences = [ops.to_host_later(v.kl) for v in self.layers]
+                if dense:
+                    self.indexer.forward(l, self.layers[l])
+                self.divergence(l, dense, learn=True, scale=1 / (N * grad_accum))
+                self.indexer.backward(l, self.layers[l], d, g, beta)
+            self.divergences = [ops.to_host_later(a.kl) for a in self.layers]
         if not model:
             return
         d.residual.fill(0)
-        head = (g.wte, None) if tied else (g.headw, g.headb)
-        ops.matmul_backward(d.btc, *head, a.logits, a.lnf, p.wte if tied else p.headw, beta)
-        last = self.layers[L - 1].residual3
-        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, last, p.lnfw, a.lnf_mean, a.lnf_rstd)
+        (headw, _), (dheadw, dheadb) = self.head(p), self.head(g)
+        residual = self.layers[L - 1].residual3
+        ops.matmul_backward(d.btc, dheadw, dheadb, acts.logits, acts.lnf, headw, beta)
+        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, acts.lnf_mean, acts.lnf_rstd)
         for l in reversed(range(L)):
-            v, residual = self.layers[l], self.layers[l - 1].residual3 if l > 0 else a.encoded
-            self._mlp_backward(l, v, beta)
-            ln2 = v.residual2, p.ln2w[l], v.ln2_mean, v.ln2_rstd
-            ops.layernorm_backward(d.residual, g.ln2w[l], g.ln2b[l], d.btc, *ln2)
-            bias = None if self.mla else g.attprojb[l]
-            ops.matmul_backward(d.btc, g.attprojw[l], bias, d.residual, v.atty, p.attprojw[l], beta)
-            if self.dense:
-                ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, self.config.NH)
+            a, residual = self.layers[l], self.layers[l - 1].residual3 if l > 0 else acts.encoded
+            self.mlp.backward(l, a, d, g, beta, self.balance / grad_accum)
+            ops.layernorm_backward(
+                d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2, p.ln2w[l], a.ln2_mean, a.ln2_rstd
+            )
+            dbias = None if self.mla else g.attprojb[l]
+            ops.matmul_backward(d.btc, g.attprojw[l], dbias, d.residual, a.atty, p.attprojw[l], beta)
+            if dense:
+                ops.attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, NH)
             else:
-                lists = v.index, v.count
-                ops.sparse_attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, *lists, self.config.NH)
-            if self.mla:
-                self._mla_backward(l, v, beta)
-            else:
-                dqkv = d.qkv.reshape(N, 3 * C)
-                ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
-            ln1 = residual, p.ln1w[l], v.ln1_mean, v.ln1_rstd
-            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, *ln1)
+                ops.sparse_attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, a.index, a.count, NH)
+            self.attention.backward(l, a, d, g, beta)
+            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
         ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
 
-    def _allocate_gradients(self):
-        print(f"allocated {self.params_flat.nbytes >> 20} MiB for parameter gradients")
-        self.grads_flat, self.grads = self._buffer()
-        c, v, N = self.config, self.layers[0], self.B * self.T
-        shapes = dict(residual=(N, c.C), btc=(N, c.C), qkv=v.qkv.shape)
-        if self.mla:
-            shapes |= dict(q=(N, c.C), kv=self.acts.kv.shape, kva=v.kva.shape, qa=v.qa.shape, qn=v.qn.shape)
-            shapes |= dict(kvn=v.kvn.shape)
-        if self.moe:
-            shapes |= dict(exy=v.exy.shape, gates=v.gates.shape, exa=v.exh.shape, exi=v.exy.shape)
-            shapes |= dict(router=(N, c.E))
-        else:
-            shapes |= dict(bt4c=(N, 4 * c.C))
-        if self.sparsity.indexer != "none":
-            shapes |= dict(iq=v.iq.shape, ik=v.ik.shape, iw=v.iw.shape, ik0=v.ik0.shape)
-        if self.sparsity.adaptive == "prefix":
-            shapes |= dict(target=(self.B, self.T), ctl_losses=(self.B, self.T))
-        self.dacts = self._allocate(shapes)
-        print(
-            f"allocated {sum(array.nbytes for array in vars(self.dacts).values()) >> 20} MiB for activation gradients"
-        )
+    def divergence(self, l: int, dense: bool, learn: bool = False, scale: float = 0.0) -> None:
+        """a.kl (B,T): KL(p || softmax(scores)) of each query, over all keys if attention is dense, else those selected.
 
-    def _mlp_backward(self, l: int, v, beta: int):
-        """d.btc (N,C), the gradient at ln2, from d.residual."""
-        ops, p, g, a, d = self.ops, self.params, self.grads, self.acts, self.dacts
-        if not self.moe:
-            ops.matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, v.fch_gelu, p.fcprojw[l], beta)
-            ops.gelu_backward(d.bt4c, v.fch, d.bt4c)
-            return ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, v.ln2, p.fcw[l], beta)
-        ops.expert_combine_backward(d.exy, d.gates, d.residual, v.exy, v.gates, v.slot, v.source)
-        ops.silu_forward(a.exa, v.exh)
-        ops.expert_matmul_backward(d.exa, g.expertprojw[l], d.exy, a.exa, p.expertprojw[l], v.tile_expert, beta)
-        ops.silu_backward(d.exa, v.exh, d.exa)
-        ops.expert_gather(a.exi, v.ln2, v.source, self.config.top)
-        ops.expert_matmul_backward(d.exi, g.expertw[l], d.exa, a.exi, p.expertw[l], v.tile_expert, beta)
-        balance = self.balance / self.grad_accum
-        ops.router_backward(d.router, d.gates, v.probs, v.gates, v.experts, v.load, balance)
-        ops.matmul_backward(a.btc, g.routerw[l], None, d.router, v.ln2, p.routerw[l], beta)
-        ops.expert_scatter(d.btc, d.exi, v.slot)
-        ops.residual_forward(d.btc, d.btc, a.btc)
+        learn: also the gradients of scale * its sum at the indexer's queries, keys and head weights, into dacts.
+        """
+        if dense:
+            return self.dense_divergence(l, learn, scale)
+        ops, a, d, c = self.ops, self.layers[l], self.dacts, self.indexer.scale
+        scores, p = (buffer[: a.index.size].reshape(a.index.shape) for buffer in (a.scores, a.p))
+        ops.indexer_gathered_forward(scores, a.iq, a.ik, a.iw, a.index, a.count, c)
+        ops.sparse_attention_mean(p, a.qkv, a.lse, a.index, a.count, self.config.NH)
+        ops.fused_kl(a.kl, scores, p, scale)  # scores become their gradient
+        if learn:
+            ops.indexer_gathered_backward(d.iq, d.ik, d.iw, scores, a.iq, a.ik, a.iw, a.index, a.count, c)
 
-    def _mla_backward(self, l: int, v, beta: int):
-        """d.btc (N,C), the gradient at ln1, from d.qkv, through both latents."""
-        ops, p, g, a, d = self.ops, self.params, self.grads, self.acts, self.dacts
-        ops.mla_qkv_backward(d.q, d.kv, d.kva, d.qkv, self.config.NH, self.config.R)
-        ops.matmul_backward(d.qn, g.qbw[l], None, d.q, v.qn, p.qbw[l], beta)
-        ops.rmsnorm_backward(d.qa, g.qnw[l], d.qn, v.qa, p.qnw[l], v.q_rrms)
-        ops.matmul_backward(d.btc, g.qaw[l], None, d.qa, v.ln1, p.qaw[l], beta)
-        ops.matmul_backward(d.kvn, g.kvbw[l], None, d.kv, v.kvn, p.kvbw[l], beta)
-        ops.rmsnorm_backward(d.kva, g.kvnw[l], d.kvn, v.kva, p.kvnw[l], v.kv_rrms)
-        ops.matmul_backward(a.btc, g.kvaw[l], None, d.kva, v.ln1, p.kvaw[l], beta)
-        ops.residual_forward(d.btc, d.btc, a.btc)
+    def dense_divergence(self, l: int, learn: bool, scale: float) -> None:
+        """a.kl over all keys, a block of queries at a time; the prefix controller learns from the same blocks."""
+        ops, a, d, g, B, T, c = self.ops, self.layers[l], self.dacts, self.grads, self.B, self.T, self.indexer.scale
+        adapt = learn and self.sparsity.adaptive == "prefix"
+        if adapt:
+            ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT)
+        if learn:
+            d.ik.fill(0)
+        for first, scores in query_blocks(a.scores, B, 0, T, ROWS):
+            p = a.p[: scores.size].reshape(scores.shape)
+            ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, c, first)
+            ops.attention_mean(p, a.qkv, a.lse, self.config.NH, first)
+            if adapt:
+                self.selection.prefix_keep(l, a, scores, first, 0)
+                ops.mass_count(d.target, p, self.sparsity.coverage, first, 0, 0)
+            ops.fused_kl(a.kl, scores, p, scale, first)
+            if learn:
+                ops.indexer_scores_backward(d.iq, d.ik, d.iw, scores, a.iq, a.ik, a.iw, c, first)
+        if adapt:
+            dw1, db1, dw2, db2, w2 = g.ctlw1[l], g.ctlb1[l], g.ctlw2[l], g.ctlb2[l], self.params.ctlw2[l]
+            losses, kappa, hidden = d.ctl_losses, a.kappa, a.hidden
+            ops.keep_controller_backward(losses, dw1, db1, dw2, db2, d.target, kappa, hidden, a.features, w2, scale)
 
-    def update(self, t, lr, indexer_t, indexer_lr, beta2=0.999, weight_decay=0.0, decay_all=True, grad_clip=0.0):
+    def update(
+        self, t, lr, indexer_t, indexer_lr, dense=False, beta2=0.999, weight_decay=0.0, decay_all=True, grad_clip=0.0
+    ) -> float | None:
         """AdamW update number t = 1, 2, ... of the model, indexer_t of the indexer; 0 leaves that part as it is.
 
         Returns the norm of the model's gradient if grad_clip > 0, else None; it limits the model's alone.
         """
-        if self.m_flat is None:
+        ops, dense = self.ops, dense or self.always_dense
+        if self.m is None:
             self.allocate_moments()
-        norm = self.ops.global_norm(self.grads_flat[: self.own]) if grad_clip and t else None
+        norm = ops.global_norm(self.grads_flat[: self.own]) if grad_clip and t else None
         clip = grad_clip / norm if norm is not None and norm > grad_clip else 1.0
-        for name in self.shapes:
-            tensors = [getattr(views, name) for views in (self.params, self.grads, self.m, self.v)]
+        grads, ms, vs = vars(self.grads), vars(self.m), vars(self.v)
+        for name, param in vars(self.params).items():
             if name not in self.extra:
                 decay = weight_decay if decay_all or name in MATRICES else 0.0
                 step, rate, scale = t, lr, clip
-            else:  # a controller learns in the warm-up alone, from dense attention; upstream's never
-                learns = name.startswith("idx") or (name.startswith("ctl") and self.dense)
+            else:  # --adaptive prefix learns from dense attention alone, the upstream controller never
+                learns = dense if name in CONTROLLER else name != "controller"
                 step, rate, scale, decay = indexer_t if learns else 0, indexer_lr, 1.0, 0.0
             if step:
-                self.ops.adamw_update(*tensors, step, rate, 0.9, beta2, 1e-8, decay, scale)
+                ops.adamw_update(param, grads[name], ms[name], vs[name], step, rate, 0.9, beta2, 1e-8, decay, scale)
         return norm
 
-    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None):
-        """AdamW's m and v: a checkpoint's, or zeros."""
-        for name in ("m", "v"):
-            print(f"allocated {self.params_flat.nbytes >> 20} MiB for AdamW optimizer state {name}")
-        self.m_flat, self.m = self._buffer(m)
-        self.v_flat, self.v = self._buffer(v)
-
-    def measure(self, inputs: np.ndarray) -> tuple[list[float], list[Agreement], float]:
+    def measure(self, inputs: np.ndarray, dense: bool = False) -> tuple[list[float], list[Agreement], float]:
         """For a batch: each layer's KL, what its selection has of dense attention; the indexer's share of the time."""
         ops, NH, began = self.ops, self.config.NH, time.perf_counter()
-        self.forward(inputs)
+        dense = dense or self.always_dense
+        self.forward(inputs, dense=dense)
         ops.synchronize()
-        a = self.acts
         whole, chosen, divergences, agreements = time.perf_counter() - began, 0.0, [], []
-        for l, v in enumerate(self.layers):
+        for l, a in enumerate(self.layers):
             began = time.perf_counter()
-            self._index(l, v, 0)
-            self._select(l, v, a, 0)
+            self.indexer.forward(l, a)
+            self.selection.forward(l, a, 0, 0, self.sparsity.leak)
             ops.synchronize()
             chosen += time.perf_counter() - began
             if self.sparsity.indexer != "none":
-                self._divergence(l, v, False)
-                divergences.append(float(ops.to_host(v.kl).mean()))
-            if not self.dense:
-                ops.attention_forward(a.btc, a.dense_lse, v.qkv, NH)
-            top, top_count, agreement = (
-                ops.zeros(v.index.shape, np.int32),
-                ops.zeros(v.count.shape, np.int32),
-                Agreement(),
-            )
-            for first, p in self._blocks(a.p, self.B, 0, self.T):
-                ops.attention_mean(p, v.qkv, v.lse if self.dense else a.dense_lse, NH, first)
-                ops.select_topk(top, top_count, p, v.count, first, 0, 0)
+                self.divergence(l, dense)
+                divergences.append(float(ops.to_host(a.kl).mean()))
+            if not dense:
+                ops.attention_forward(a.btc, a.dense_lse, a.qkv, NH)
+            top, count, agreement = ops.zeros(a.index.shape, np.int32), ops.zeros(a.count.shape, np.int32), Agreement()
+            for first, p in query_blocks(a.p, self.B, 0, self.T, ROWS):
+                ops.attention_mean(p, a.qkv, a.lse if dense else a.dense_lse, NH, first)
+                ops.select_topk(top, count, p, a.count, first, 0, 0)
                 rows = slice(first, first + p.shape[1])
-                agreement.add(ops.to_host(v.index)[:, rows], ops.to_host(top)[:, rows], ops.to_host(p), first)
+                agreement.add(ops.to_host(a.index)[:, rows], ops.to_host(top)[:, rows], ops.to_host(p), first)
             agreements.append(agreement)
-        return divergences, agreements, chosen / (whole + chosen if self.dense else whole)
+        return divergences, agreements, chosen / (whole + chosen if dense else whole)
 
-    def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
+    def extend(self, tokens: np.ndarray, start: int, dense: bool = False) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
 
         What is kept of every position: key and value, in MLA their common latent, and the indexer's key.
         """
-        ops, p, c, n = self.ops, self.params, self.config, len(tokens)
+        ops, p, n, dense = self.ops, self.params, len(tokens), dense or self.always_dense
         if self.decoder is None:
-            self._allocate_decoder()
-        if n > 1 and self.sparsity.adaptive == "upstream" and not self.dense:  # k of a token: from those up to it
-            return [self.extend(tokens[i : i + 1], start + i) for i in range(n)][-1]
-        d, end = self.decoder, start + n
-        s = views_of(d.scratch, self._scratch_shapes(1, n, end))
-        ops.copy_in(d.tokens[:, :n], tokens.reshape(1, n))
-        residual = d.encoded[:n]
-        ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
-        for l in range(c.L):
-            v = views_of(d.rows, self._layer_shapes(l, 1, n, start) | self._latent_shapes(n))
-            for name, cache in d.cache.items():  # (L,1,maxT,width)
-                setattr(v, name, cache[l] if name == "state" else cache[l, :, :end])
-            if "seen" in d.cache:
-                v.ln1 = v.seen[0, start:]
-            self._layer(l, v, s, residual, start)
-            residual = v.residual3
-        ops.layernorm_forward(d.last, v.ln2_mean[:1], v.ln2_rstd[:1], residual[n - 1 :], p.lnfw, p.lnfb)
-        self._head(d.logits, d.last)
-        return ops.to_host(d.logits)[0, : c.V]
+            self.allocate_decoder()
+        if n > 1 and self.sparsity.adaptive == "upstream" and not dense:  # k of a token: from those up to it
+            for i in range(n):
+                logits = self.extend(tokens[i : i + 1], start + i)
+            return logits
+        decoder = self.decoder
+        ops.copy_in(decoder.tokens[:, :n], tokens.reshape(1, n))
+        residual = decoder.encoded[:n]  # (n,C)
+        ops.encoder_forward(residual, decoder.tokens[:, :n], p.wte, p.wpe, start)
+        for l in range(self.config.L):
+            a = self.decoder_layer(l, n, start)
+            ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+            self.decoding.forward(l, a, start)
+            if not dense:
+                self.indexer.forward(l, a, start)
+                self.selection.forward(l, a, start, 0, leak=False)  # there are no future keys
+            self.decoding.attend(l, a, start, dense)
+            ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
+            ops.fused_residual_forward(
+                a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
+            )
+            self.mlp.forward(l, a)
+            ops.residual_forward(a.residual3, a.residual3, a.residual2)
+            residual = a.residual3
+        last, (headw, headb) = residual[n - 1 :], self.head(p)
+        ops.layernorm_forward(decoder.lnf, decoder.lnf_mean, decoder.lnf_rstd, last, p.lnfw, p.lnfb)
+        ops.matmul_forward(decoder.logits, decoder.lnf, headw, headb)
+        return ops.to_host(decoder.logits)[0, : self.config.V]
 
-    def _latent_shapes(self, n: int) -> dict:
-        """Of MLA's absorbed form, in which a decoder's queries and outputs live in the latent space of the keys."""
-        c = self.config
-        return dict(qlat=(n, c.NH, c.kv_rank + c.R), olat=(n, c.NH, c.kv_rank)) if self.mla else {}
+    def decoder_layer(self, l: int, n: int, start: int) -> SimpleNamespace:
+        """Layer l's activations for n new tokens: rows that all layers share, and what is kept of every position."""
+        decoder, end, adaptive = self.decoder, start + n, self.sparsity.adaptive
+        layer = vars(first_of(decoder.rows, self.layer_shapes(l, self.decoding, 1, n, end)))
+        layer |= {name: cache[l, :, :end] for name, cache in vars(decoder.kept).items()}  # (1,end,channels)
+        if adaptive == "prefix":
+            layer["state"] = decoder.state[l]
+        elif adaptive == "upstream":
+            layer["ln1"] = layer["seen"][0, start:]
+        return SimpleNamespace(**layer)
 
-    def _allocate_decoder(self):
-        c, s, maxT = self.config, self.sparsity, self.config.maxT
-        widths = dict(qkv=3 * c.C)
-        if self.mla and s.selector != "oracle":  # the oracle looks at whole keys
-            widths = dict(latent=c.kv_rank + c.R)
-        widths |= dict(ik=self._layer_shapes(0, 1, 1)["ik"][2]) if s.indexer != "none" else {}
-        widths |= dict(seen=c.C) if s.adaptive == "upstream" else {}
-        cache = {name: self.ops.zeros((c.L, 1, maxT, width)) for name, width in widths.items()}
-        if s.adaptive == "prefix":
-            cache["state"] = self.ops.zeros((c.L, 1, 4, c.C))
-        rows = self._layer_shapes(int(np.argmax(s.k)), 1, maxT) | self._latent_shapes(maxT)
-        if self.moe:
+    def allocate_decoder(self):
+        ops, c, s, maxT = self.ops, self.config, self.sparsity, self.config.maxT
+        kept = self.decoding.kept() | self.indexer.kept() | (dict(seen=c.C) if s.adaptive == "upstream" else {})
+        rows = self.layer_shapes(int(np.argmax(s.k)), self.decoding, 1, maxT, maxT)
+        if is_moe(c):
             rows["tile_expert"] = rows["source"]  # fewer tokens have smaller tiles, and more of them
-        rows = self._allocate({name: shape for name, shape in rows.items() if name not in (*cache, "qkv")})
-        own = dict(encoded=(maxT, c.C), last=(1, c.C), logits=(1, c.Vp))
-        scratch = self._allocate(self._scratch_shapes(1, maxT, maxT))
-        self.decoder = SimpleNamespace(rows=rows, scratch=scratch, cache=cache, **vars(self._allocate(own)))
-        self.decoder.tokens = self.ops.zeros((1, maxT), np.int32)
-
-    def _latent_attention(self, l: int, v, s, start: int):
-        """v.atty by MLA's absorbed form: of a token, kv_rank + R values are kept, whatever the number of heads."""
-        ops, p, c = self.ops, self.params, self.config
-        latent, kvbw = v.latent[0], p.kvbw[l]  # (T,kv_rank+R)
-        self._latents(l, v, s)
-        ops.rmsnorm_forward(v.kvn, v.kv_rrms, v.kva, p.kvnw[l])
-        ops.mla_latent(latent, v.kvn, v.kva, start)
-        lists = (None, None)
-        if not self.dense:
-            self._index(l, v, start)
-            self._select(l, v, s, start)
-            lists = (v.index, v.count)
-        ops.mla_absorb(v.qlat, s.q, kvbw, c.NH, c.R, start)
-        ops.latent_attention_forward(v.olat, v.qlat, latent, *lists, (c.C // c.NH) ** -0.5, start)
-        ops.mla_expand(v.atty, v.olat, kvbw, c.NH, c.R)
-
-
-def views_of(buffers: SimpleNamespace, shapes: dict) -> SimpleNamespace:
-    """The first values of each buffer, in smaller shapes."""
-    named = {name: buffer.reshape(-1) for name, buffer in vars(buffers).items()}
-    return SimpleNamespace(**{n: named[n][: math.prod(s)].reshape(s) for n, s in shapes.items() if n in named})
+        self.decoder = allocate(ops, dict(
+            encoded=(maxT, c.C),
+            state=(c.L, 1, 4, c.C),
+            lnf=(1, c.C),
+            lnf_mean=(1,),
+            lnf_rstd=(1,),
+            logits=(1, c.Vp),
+        ))  # fmt: skip
+        self.decoder.tokens = ops.zeros((1, maxT), np.int32)
+        self.decoder.kept = allocate(ops, {name: (c.L, 1, maxT, channels) for name, channels in kept.items()})
+        self.decoder.rows = allocate(ops, rows, self.integers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
+def save(args: Namespace, model: GPT2, step: int, run: loop.Run, dense: bool):
     """Write the checkpoint, attention in its header, and the optimizer state for a run that goes on at `step`."""
     s, host, own = model.sparsity, model.ops.to_host, model.own
-    if (
-        s.indexer != "none" and s.attention == "sparse" and not s.leak
-    ):  # its loss may fail where the language's does not
+    if s.indexer_has_loss:  # it may fail where the language's does not
         run.val_loader.reset()
-        divergences, _, _ = model.measure(run.val_loader.next_batch()[0])
+        divergences, _, _ = model.measure(run.val_loader.next_batch()[0], dense)
         loop.check_finite("indexer's", sum(divergences), step, args)
     params = host(model.params_flat)
-    plain = model.sparsity.attention == "dense" and not model.extra
-    kind, fields = (DENSE, ()) if plain else (SPARSE_ATTENTION, model.sparsity.fields())
+    plain = s.attention == "dense" and not model.extra
+    kind, fields = (DENSE, ()) if plain else (SPARSE_ATTENTION, s.fields())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), run)
+    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), run, dense=dense)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -692,21 +611,20 @@ def main(argv: list[str] | None = None) -> int:
     device = kernels.open_device(args.device, args.tf32)
 
     run = loop.open_run(args, config, state)
-    start, steps = run.start, run.steps
+    start, steps, warmup = run.start, run.steps, args.indexer_warmup
 
     table.heading()
-    print_sparsity(config, sparsity, T)
+    print_sparsity(sparsity, T)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
     options.print_workload(steps, run.val_batches)
 
-    extra = extra_init(device, file, sparsity, args.model, args.seed or 1337)
-    print(f"allocated {(file.params.nbytes + extra.nbytes) >> 20} MiB for model parameters")
+    extra = extra_init(file, sparsity, args.model, args.seed or 1337)
+    tell_allocated(file.params.nbytes + extra.nbytes, "model parameters")
     if extra.size:
         print(f"{extra.size} parameters of indexer and controller, {file.params.size + extra.size} in all")
-    model = GPT2(device, config, sparsity, np.concatenate([file.params, extra]), B, T)
-    model.balance, warmup = args.balance, args.indexer_warmup
-    learns = args.train_indexer and sparsity.indexer != "none" and sparsity.attention == "sparse" and not sparsity.leak
+    model = GPT2(device, config, sparsity, np.concatenate([file.params, extra]), B, T, args.balance)
+    learns = args.train_indexer and sparsity.indexer_has_loss
     if state:
         model.allocate_moments(state.m, state.v)
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
@@ -717,47 +635,48 @@ def main(argv: list[str] | None = None) -> int:
     seconds = 0.0
     with Interrupt() as interrupt:
         for step in range(start, steps + 1):
-            last_step = step == steps
+            last_step, warming_up = step == steps, step < warmup  # in the warm-up attention is dense
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, run)
+                    save(args, model, step, run, warming_up)
                 break
-            warming_up = step < warmup
-            model.dense, model.draw = sparsity.attention == "dense" or warming_up, 0
             if step == warmup > 0:
                 print(f"indexer warmed up: from step {step + 1} attention is sparse and both learn", flush=True)
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0) or step == warmup > 0:
-                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
+                val_loss = loop.evaluate(model, run.val_loader, run.val_batches, dense=warming_up)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
                 if sparsity.attention == "sparse" or args.answers_after:
-                    report(model, run.val_loader, run.val_batches, args, log, step)
+                    report(model, run.val_loader, run.val_batches, args, log, step, warming_up)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, run)
+                save(args, model, step, run, warming_up)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
-                loop.print_sample(model, run, args.sample_tokens)
+                loop.print_sample(model, run, args.sample_tokens, dense=warming_up)
             if last_step:
                 break
 
             started = time.perf_counter()
             if args.overfit_batch:
                 run.train_loader.reset()
-            model.draw, loss = step + 1, 0.0
+            loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*run.train_loader.next_batch(), grad_accum)
-                model.backward(micro_step == 0, model=not warming_up, indexer=learns)
+                inputs, targets = run.train_loader.next_batch()
+                model.forward(inputs, targets, grad_accum, dense=warming_up, draw=step + 1)
+                model.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=grad_accum)
                 loss += model.mean_loss() / grad_accum
                 if learns:
                     loop.check_finite("indexer's", model.mean_kl(), step + 1, args)
             loop.check_finite("train", loss, step + 1, args)
-            at, length = (step, warmup) if warming_up else (step - warmup, steps - warmup)
-            indexer_lr = args.indexer_lr if warming_up else args.indexer_lr_sparse
-            lr, indexer_lr = (
-                learning_rate(args.lr_schedule, at, lr=rate, steps=length, **schedule) for rate in (args.lr, indexer_lr)
-            )
-            norm = model.update(max(0, step + 1 - warmup), lr, (step + 1) * learns, indexer_lr, **adamw)
+            if warming_up:  # a schedule for each stage
+                at, length, indexer_lr = step, warmup, args.indexer_lr
+            else:
+                at, length, indexer_lr = step - warmup, steps - warmup, args.indexer_lr_sparse
+            lr = learning_rate(args.lr_schedule, at, lr=args.lr, steps=length, **schedule)
+            indexer_lr = learning_rate(args.lr_schedule, at, lr=indexer_lr, steps=length, **schedule)
+            model_t, indexer_t = 0 if warming_up else step + 1 - warmup, step + 1 if learns else 0
+            norm = model.update(model_t, lr, indexer_t, indexer_lr, dense=warming_up, **adamw)
             device.synchronize()
             elapsed = time.perf_counter() - started
             seconds += elapsed

@@ -26,20 +26,34 @@ import time
 import warnings
 from argparse import Namespace
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.torus.fusion_matrix import FUSIONS
+from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc import errors, loop, options, table
+from llmc.buffers import allocate, first_of, flat_buffer, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
-from llmc.cli import ArgumentParser, any_int, flag01, natural, natural_float, positive_int
+from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
 from llmc.errors import UserError
-from llmc.init import gpt2_init
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
-from llmc.rand import normals
 from llmc.schedulers import learning_rate
-from systems.torus import FUSIONS, MODES, ROPES, Torus, choose_torus, extra_shapes, factors, print_torus
+from llmc.state import TrainState
+from systems.torus import (
+    ATTENTION,
+    Torus,
+    add_flags,
+    choose_torus,
+    extra_init,
+    extra_shapes,
+    factor_shape,
+    print_torus,
+    replace_attention,
+    trained_shapes,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -53,36 +67,14 @@ EPILOG = """examples:
 --depth 1 --lambda 0 --rope none --fusion identity is GPT-2. -n 0 validates and trains nothing.
 Exit status: 0 done, 1 error, 2 wrong usage, 130 after Ctrl-C, 143 after SIGTERM."""
 
-ATTENTION = ("qkvw", "qkvb", "attprojw", "attprojb")  # what is trained of a replaced layer
-
 
 def arguments() -> ArgumentParser:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog=EPILOG)
-    add = parser.add_argument_group("toroidal attention (kept in the file: not for one that is toroidal)").add_argument
-    add("--layers", default="0", help="layers to replace: 0,6 or first:N, last:N, none")
-    add("--depth", type=positive_int, help="platters D that a head is cut into (default: 2, 1 for an odd head size)")
-    add("--period", type=positive_int, help="positions P of the ring (default: -t)")
-    add("--lambda", type=natural_float, default=1.0, help="weight of the distance, of sequence and of depth")
-    add("--learn-lambda", type=flag01, default=False, help="1: learn it, for each head, sequence and depth apart")
-    add("--rope", choices=ROPES, default="none", help="rotary embedding: int (periodic), upstream, orth")
-    add("--fusion", choices=FUSIONS, default="low_rank_residual", help="of platters: " + ", ".join(FUSIONS))
-    add("--fusion-rank", type=positive_int, help="of low_rank and low_rank_residual (default: D/4, at least 1)")
-    add("--window", type=any_int, default=-1, help="largest distance on the ring that attends, -1: any")
-    add("--wrap-depth", type=flag01, default=False, help="1: depth is a ring, too")
-    add("--mode", choices=MODES, default="causal", help="upstream: as published, every token sees all others")
-    add(
-        "--init",
-        choices=("copy", "random"),
-        default="copy",
-        help="attention of the replaced layers: the file's, or random",
-    )
-    add("--control", type=flag01, default=False, help="1: leave the layers' attention as it is, train the same weights")
+    add_flags(parser)
     add = parser.add_argument_group("training").add_argument
     add("--train", choices=("replaced", "all"), default="replaced", help="what learns: the replaced attention, or all")
     add("--epochs", type=positive_int, default=1, help="of the training data, if -n does not name the steps")
     add("--patience", type=natural, default=0, help="stop after so many validations without a better one, 0: never")
-    add("--best-loss", type=natural_float, help="validation loss to beat, for --patience (--resume knows it)")
-    add("--worse", type=natural, default=0, help="validations since that one, for --patience (--resume knows it)")
     add("--recompute", type=flag01, default=False, help="1: keep a layer's output only, run it again in backward")
     options.add_options(parser)
     return parser
@@ -91,129 +83,126 @@ def arguments() -> ArgumentParser:
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
-
-def extra_init(device, file: Model, torus: Torus, seed: int) -> np.ndarray:
-    """Values of lambda and of the fusion's factors, flat: the file's if it is toroidal, else new ones."""
-    if file.kind == TOROIDAL:
-        return file.extra
-    shapes, generator = extra_shapes(file.config, torus), normals(seed)
-    flat = np.zeros(sum(map(math.prod, shapes.values())), np.float32)
-    views = named_views(flat, shapes)
-    for i in range(len(torus.layers)):
-        views["lams"][i] = views["lamd"][i] = torus.lam
-        if factors(torus):
-            pair = device.fusion_init(FUSIONS.index(torus.fusion), torus.depth, torus.rank, generator)
-            views["fuse1"][i], views["fuse2"][i] = pair
-    return flat
+# gradients that a matrix product writes in an update's first micro-step; all others are added to, from zero
+WRITTEN = ("wte", "qkvw", "attprojw", "fcw", "fcprojw")
 
 
-def replace_attention(file: Model, layers: tuple[int, ...], seed: int):
-    """--init random: GPT-2's random initialisation for the attention of these layers, in place."""
-    shapes = tensor_shapes(file.config)
-    ours, drawn = named_views(file.params, shapes), named_views(gpt2_init(file.config, seed), shapes)
-    for name in ATTENTION:
-        ours[name][list(layers)] = drawn[name][list(layers)]
+def largest(layers: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """The largest shape of each name: buffers that one layer after another can use."""
+    names = dict.fromkeys(name for shapes in layers for name in shapes)
+    return {name: max((shapes[name] for shapes in layers if name in shapes), key=math.prod) for name in names}
+
+
+class Ring(NamedTuple):
+    """The ring of positions: how many there are, and the rotary embedding's frequencies w, f (hs/D/2), None without."""
+
+    period: int
+    w: Any
+    f: Any
 
 
 class GPT2:
-    """The model on a device: one flat float32 buffer for all parameters; gradients, m and v for those that learn.
+    """The model on a device: one flat float32 buffer for all parameters; gradients, m and v for what learns.
 
-    learns: "all", or "replaced": attention of the replaced layers, its fusion, and lambda if that is learnt.
+    torus: the replaced layers, none in the control arm. learns: None for all parameters, or the layers whose attention
+    learns, and with it lambda and fusion of the replaced layers. params: flat, GPT-2's 16 tensors, then `extra_shapes`.
+    recompute: all layers share one layer's activations, each keeps its output alone, and backward runs it again.
     """
 
     def __init__(
-        self,
-        device,
-        config: GPT2Config,
-        torus: Torus,
-        params: np.ndarray,
-        B,
-        T,
-        learns="all",
-        recompute=False,
-        control=False,
+        self, device, config: GPT2Config, torus: Torus, params: np.ndarray, B: int, T: int, learns=None, recompute=False
     ):
         self.ops, self.config, self.torus, self.B, self.T = device, config, torus, B, T
-        self.learns, self.recompute, self.control = learns, recompute, control
-        self.extra = {} if control else extra_shapes(config, torus)
-        self.shapes = tensor_shapes(config) | self.extra
-        self.params_flat = device.to_device(params)
-        self.params = SimpleNamespace(**named_views(self.params_flat, self.shapes))
-        n, L = len(torus.layers), config.L
-        self.lowest = min(torus.layers, default=L) if learns == "replaced" else 0  # backward ends with this layer
-        fixed = () if torus.learn_lambda else ("lams", "lamd")
-        if learns == "all":
-            self.trained = {name: shape for name, shape in self.shapes.items() if name not in fixed}
-        else:
-            self.trained = {name: (n, *self.shapes[name][1:]) for name in ATTENTION} if n else {}
-            self.trained |= {name: shape for name, shape in self.extra.items() if name not in fixed}
-        self.omega = device.zeros((max(n, 1), torus.depth, torus.depth))
-        self.has_ring_of_text = n > 0 and not torus.causal and not control  # as published, instead of a fixed one
-        self._set_period(torus.period)
-        self.grads_flat = self.m_flat = self.v_flat = self.layers = self.decoder = None
-        self.text = []  # what extend has seen, if the ring is as long as that
+        self.learns, self.recompute = learns, recompute
+        self.lowest = 0 if learns is None else min(learns, default=config.L)  # the last layer that backward visits
+        self.shapes = tensor_shapes(config) | extra_shapes(config, torus)
+        self.trained = trained_shapes(config, torus, learns)
+        self.num_trained = sum(map(math.prod, self.trained.values()))
+        self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.fusion, self.has_factors = FUSIONS.index(torus.fusion), factor_shape(torus) is not None
+        self.omega = device.zeros((len(torus.layers), torus.depth, torus.depth))  # mix the platters of a layer
+        self.causal, self.wrap_depth = int(torus.causal), int(torus.wrap_depth)  # ints, for the ops
+        self.depth_major = 1 - self.causal  # order of channels behind the fusion: published, else GPT-2's
+        self.ring = self._ring(torus.period if torus.causal else T)
+        self.acts = self.layers = self.grads_flat = self.m_flat = self.v_flat = self.decoder = None
+        self.text = []  # tokens that extend has seen, for a ring as long as the text
 
-    def _set_period(self, period: int):
-        """The length of the ring, and the rotary embedding's frequencies, which depend on it."""
-        s, self.period, self.rotations = self.torus, period, None
-        if s.rope != "none" and s.layers and not self.control:
-            pair = self.ops.torus_frequencies(s.rope, self.config.C // self.config.NH // s.depth, s.depth, period)
-            self.rotations = tuple(self.ops.to_device(each.astype(self.params_flat.dtype)) for each in pair)
+    def _ring(self, period: int) -> Ring:
+        s = self.torus
+        if s.rope == "none" or not s.layers:
+            return Ring(period, None, None)
+        w, f = torus_frequencies(s.rope, self.config.C // self.config.NH // s.depth, s.depth, period)
+        dtype = self.params_flat.dtype
+        return Ring(period, self.ops.to_device(w.astype(dtype)), self.ops.to_device(f.astype(dtype)))
 
-    @property
-    def num_trained(self) -> int:
-        return sum(map(math.prod, self.trained.values()))
-
-    def _buffer(self) -> tuple:
-        flat = self.ops.zeros(self.num_trained)
-        return flat, SimpleNamespace(**named_views(flat, self.trained))
-
-    def _part(self, views, name: str, l: int):
-        """Layer l of a tensor in `views` of what is trained; None if it is not."""
-        if name not in self.trained:
-            return None
-        if self.learns == "all" and name not in self.extra:
-            return getattr(views, name)[l]
-        return getattr(views, name)[self.torus.layers.index(l)] if l in self.torus.layers else None
-
-    def _is_toroidal(self, l: int) -> bool:
-        return l in self.torus.layers and not self.control
-
-    def _layer_shapes(self, l: int, B: int, T: int, start: int = 0) -> dict:
-        """What a layer keeps of a forward pass over B x T new tokens behind `start` old ones."""
-        c, N, C, D = self.config, B * T, self.config.C, self.torus.depth
-        shapes = dict(ln1=(N, C), ln1_mean=(N,), ln1_rstd=(N,), qkv=(B, start + T, 3 * C), atty=(N, C))
-        shapes |= dict(residual2=(N, C), ln2=(N, C), ln2_mean=(N,), ln2_rstd=(N,), fch=(N, 4 * C), fch_gelu=(N, 4 * C))
-        shapes |= dict(lse=(B, c.NH, T, D), mixed=(N, C)) if self._is_toroidal(l) else dict(lse=(B, c.NH, T))
+    def _layer_shapes(self, l: int, B: int, T: int, start: int = 0) -> dict[str, tuple[int, ...]]:
+        """The activations of layer l in a pass over B rows of T tokens behind `start` earlier ones, but its output."""
+        C, NH, D, N = self.config.C, self.config.NH, self.torus.depth, B * T
+        shapes = {
+            "ln1": (N, C),
+            "ln1_mean": (N,),
+            "ln1_rstd": (N,),
+            "qkv": (B, start + T, 3 * C),  # of the earlier tokens, too
+            "lse": (B, NH, T),  # log of the softmax's sum
+            "atty": (N, C),
+            "residual2": (N, C),
+            "ln2": (N, C),
+            "ln2_mean": (N,),
+            "ln2_rstd": (N,),
+            "fch": (N, 4 * C),
+            "fch_gelu": (N, 4 * C),
+        }
+        if l in self.torus.layers:
+            shapes["lse"] = (B, NH, T, D)
+            shapes["platters"] = (N, C)  # toroidal attention's output; atty is what the fusion makes of it
         return shapes
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The activations outside the layers, and the layers' outputs."""
+        L, C, Vp, N = self.config.L, self.config.C, self.config.Vp, self.B * self.T
+        return {
+            "encoded": (N, C),
+            "residual3": (L, N, C),
+            "lnf": (N, C),
+            "lnf_mean": (N,),
+            "lnf_rstd": (N,),
+            "logits": (N, Vp),
+            "losses": (N,),
+        }
 
     def activation_bytes(self, recompute: bool) -> int:
         """What forward keeps for backward, logits included."""
-        c, N = self.config, self.B * self.T
-        layers = [sum(map(math.prod, self._layer_shapes(l, self.B, self.T).values())) for l in range(c.L)]
-        kept = max(layers) if recompute else sum(layers)
-        return 4 * (kept + (c.L + 2) * N * c.C + N * (c.Vp + 3))
+        layers = [self._layer_shapes(l, self.B, self.T) for l in range(self.config.L)]
+        sizes = [sum(map(math.prod, shapes.values())) for shapes in layers]
+        rest = sum(map(math.prod, self._shapes().values()))
+        return 4 * (rest + (max(sizes) if recompute else sum(sizes)))
 
-    def _allocate(self, shapes: dict) -> SimpleNamespace:
-        return SimpleNamespace(**{name: self.ops.zeros(shape) for name, shape in shapes.items()})
+    def _allocate_activations(self) -> None:
+        B, T = self.B, self.T
+        shapes = [self._layer_shapes(l, B, T) for l in range(self.config.L)]
+        if self.recompute:
+            shared = allocate(self.ops, largest(shapes))
+            self.layers = [first_of(shared, of_layer) for of_layer in shapes]
+        else:
+            self.layers = [allocate(self.ops, of_layer) for of_layer in shapes]
+        self.acts = allocate(self.ops, self._shapes())
+        self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(B * T, np.int32)
+        tell_allocated(self.activation_bytes(self.recompute), "activations")
 
     def forward(self, inputs: np.ndarray, targets: np.ndarray | None = None, grad_accum: int = 1) -> None:
         """inputs, targets (B,T) int32 -> logits; with targets, losses, which mean_loss fetches.
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
-        ops, p, B, T, L = self.ops, self.params, self.B, self.T, self.config.L
-        N = B * T
-        if self.layers is None:
+        ops, p, L, N = self.ops, self.params, self.config.L, self.B * self.T
+        if self.acts is None:
             self._allocate_activations()
-        if self.has_ring_of_text and self.period != T:
-            self._set_period(T)
         a = self.acts
         ops.copy_in(self.inputs, inputs)
         ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
-        self._mix_matrices()
+        self._fusion_matrices()
         for l in range(L):
-            self._layer(l, self.layers[l], self._residual(l), 0)
+            self._layer(l, self.layers[l], a.residual3[l], self._residual(l), self.ring, 0)
         ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, self._residual(L), p.lnfw, p.lnfb)
         ops.matmul_forward(a.logits, a.lnf, p.wte)  # (N,Vp)
         if targets is not None:
@@ -221,254 +210,238 @@ class GPT2:
             ops.fused_classifier(a.losses, a.logits, self.targets, self.config.V, 1 / (N * grad_accum))
             self.losses = ops.to_host_later(a.losses)
 
-    def _allocate_activations(self):
-        """Buffers of a forward pass; with recompute all layers share those of one, and each keeps its output alone."""
-        c, B, T = self.config, self.B, self.T
-        N, shapes = B * T, [self._layer_shapes(l, B, T) for l in range(c.L)]
-        if self.recompute:
-            largest = {name: max((s.get(name, ()) for s in shapes), key=math.prod) for s in shapes for name in s}
-            shared = self._allocate(largest)
-            self.layers = [views_of(shared, of_layer) for of_layer in shapes]
-        else:
-            self.layers = [self._allocate(of_layer) for of_layer in shapes]
-        residual3 = self.ops.zeros((c.L, N, c.C))
-        for l, v in enumerate(self.layers):
-            v.residual3 = residual3[l]
-        rest = dict(encoded=(N, c.C), lnf=(N, c.C), lnf_mean=(N,), lnf_rstd=(N,), logits=(N, c.Vp), losses=(N,))
-        self.acts = self._allocate(rest)
-        self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(N, np.int32)
-        print(f"allocated {self.activation_bytes(self.recompute) >> 20} MiB for activations")
-
-    def _residual(self, l: int):
-        """The residual stream (N,C) in front of layer l."""
-        return self.layers[l - 1].residual3 if l else self.acts.encoded
-
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
         return float(self.losses().mean())
 
-    def _mix_matrices(self):
-        """omega (D,D) of every replaced layer, from its factors."""
-        for i in range(0 if self.control else len(self.torus.layers)):
-            self.ops.fusion_matrix_forward(self.omega[i], *self._factors(self.params, i), self._fusion)
+    def _residual(self, l: int):
+        """The residual stream (N,C) in front of layer l, for l = L the last."""
+        return self.acts.residual3[l - 1] if l else self.acts.encoded
 
-    @property
-    def _fusion(self) -> int:
-        return FUSIONS.index(self.torus.fusion)
+    def _fusion_matrices(self) -> None:
+        """omega (D,D) of each replaced layer, from its factors if the fusion has any."""
+        p = self.params
+        for i in range(len(self.torus.layers)):
+            first, second = (p.fuse1[i], p.fuse2[i]) if self.has_factors else (None, None)
+            self.ops.fusion_matrix_forward(self.omega[i], first, second, self.fusion)
 
-    def _factors(self, views, i: int) -> tuple:
-        return (views.fuse1[i], views.fuse2[i]) if factors(self.torus) else (None, None)
+    def _layer(self, l: int, v: SimpleNamespace, out, residual, ring: Ring, start: int) -> None:
+        """Layer l at positions start..start+T-1: out (N,C) from residual (N,C), N = B*T; other activations to v.
 
-    def _ring(self) -> tuple:
-        """What the attention op asks of the geometry: heads, depth, period, window, whether depth wraps, causal."""
-        s = self.torus
-        return self.config.NH, s.depth, self.period, s.window, int(s.wrap_depth), int(s.causal)
-
-    def _layer(self, l: int, v, residual, start: int):
-        """One layer over the rows `residual` (N,C) at positions start.. : v keeps what backward needs."""
-        ops, p, NH = self.ops, self.params, self.config.NH
+        out may be residual; v.qkv (B,start+T,3C) holds queries, keys and values of the positions before start already.
+        """
+        ops, p, s, NH, D = self.ops, self.params, self.torus, self.config.NH, self.torus.depth
+        N, C = residual.shape
         ops.layernorm_forward(v.ln1, v.ln1_mean, v.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-        qkv = v.qkv[:, start:]  # the new rows
-        ops.matmul_forward(qkv.reshape(len(v.ln1), -1), v.ln1, p.qkvw[l], p.qkvb[l])
-        if self._is_toroidal(l):
-            i = self.torus.layers.index(l)
-            if self.rotations:
-                ops.torus_rope_forward(qkv, *self.rotations, NH, self.torus.depth, self.period, start)
-            ops.torus_attention_forward(v.mixed, v.lse, v.qkv, p.lams[i], p.lamd[i], *self._ring(), start)
-            ops.depth_fusion_forward(v.atty, v.mixed, self.omega[i], NH, int(not self.torus.causal))
+        qkv = v.qkv[:, start:]  # (B,T,3C)
+        ops.matmul_forward(qkv.reshape(N, 3 * C), v.ln1, p.qkvw[l], p.qkvb[l])
+        if l in s.layers:
+            i = s.layers.index(l)
+            if ring.w is not None:
+                ops.torus_rope_forward(qkv, ring.w, ring.f, NH, D, ring.period, start)
+            lams, lamd, wrap = p.lams[i], p.lamd[i], self.wrap_depth  # (NH), (NH), 0 or 1
+            ops.torus_attention_forward(
+                v.platters, v.lse, v.qkv, lams, lamd, NH, D, ring.period, s.window, wrap, self.causal, start
+            )
+            ops.depth_fusion_forward(v.atty, v.platters, self.omega[i], NH, self.depth_major)
         else:
             ops.attention_forward(v.atty, v.lse, v.qkv, NH, start)
         ops.matmul_forward(v.residual2, v.atty, p.attprojw[l], p.attprojb[l])
-        ln2 = (v.ln2, v.ln2_mean, v.ln2_rstd)
-        ops.fused_residual_forward(v.residual2, *ln2, v.residual2, residual, p.ln2w[l], p.ln2b[l])
+        ops.fused_residual_forward(
+            v.residual2, v.ln2, v.ln2_mean, v.ln2_rstd, v.residual2, residual, p.ln2w[l], p.ln2b[l]
+        )
         ops.matmul_forward(v.fch, v.ln2, p.fcw[l], p.fcb[l])
         ops.gelu_forward(v.fch_gelu, v.fch)
-        ops.matmul_forward(v.residual3, v.fch_gelu, p.fcprojw[l], p.fcprojb[l])
-        ops.residual_forward(v.residual3, v.residual3, v.residual2)
+        ops.matmul_forward(out, v.fch_gelu, p.fcprojw[l], p.fcprojb[l])
+        ops.residual_forward(out, out, v.residual2)
 
-    def backward(self, first: bool = True):
+    def _allocate_gradients(self) -> None:
+        """Gradients of what learns, of activations, and dparams: for each tensor of GPT-2 where its gradient goes.
+
+        A tensor that does not learn has None there; a layernorm's, which its op computes anyway, go to normw and normb.
+        """
+        B, T, C, L, D = self.B, self.T, self.config.C, self.config.L, self.torus.depth
+        N = B * T
+        tell_allocated(4 * self.num_trained, "parameter gradients")
+        self.grads_flat, self.grads = flat_buffer(self.ops, self.trained)
+        shapes = {"residual": (N, C), "btc": (N, C), "qkv": (B, T, 3 * C), "bt4c": (N, 4 * C)}
+        self.dacts = d = allocate(self.ops, shapes | {"omega": (D, D), "normw": (C,), "normb": (C,)})
+        if self.learns is None:
+            self.dparams = self.grads
+            return
+        attention = {name: [None] * L for name in ATTENTION}
+        for name, by_layer in attention.items():
+            for i, l in enumerate(self.learns):
+                by_layer[l] = vars(self.grads)[name][i]
+        mlp = dict.fromkeys(("fcw", "fcb", "fcprojw", "fcprojb"), [None] * L)
+        norms = {"ln1w": [d.normw] * L, "ln1b": [d.normb] * L, "ln2w": [d.normw] * L, "ln2b": [d.normb] * L}
+        self.dparams = SimpleNamespace(wte=None, **attention, **mlp, **norms, lnfw=d.normw, lnfb=d.normb)
+
+    def backward(self, first: bool = True) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add.
 
-        Of what does not learn there are none, and nothing is computed below the lowest layer that does.
+        Nothing is computed below the lowest layer that learns.
         """
-        ops, p, a, L, C = self.ops, self.params, self.acts, self.config.L, self.config.C
-        N, whole = self.B * self.T, self.learns == "all"
+        ops, p, a, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         if self.grads_flat is None:
-            print(f"allocated {self.num_trained * 4 >> 20} MiB for parameter gradients")
-            self.grads_flat, self.grads = self._buffer()
-            shapes = dict(residual=(N, C), btc=(N, C), qkv=(self.B, self.T, 3 * C), bt4c=(N, 4 * C), norm=(2, C))
-            shapes |= dict(omega=self.omega.shape[1:], lam=(2, self.config.NH))
-            self.dacts = self._allocate(shapes)
-        g, d, beta = self.grads, self.dacts, 0 if first else 1
-        if first:  # the matrices' gradients are written by their product, all others are added to
-            for name, tensor in vars(g).items():
-                if name not in MATRICES or name == "wpe":
+            self._allocate_gradients()
+        g, d = self.dparams, self.dacts
+        beta = 0 if first else 1
+        if first:
+            for name, tensor in vars(self.grads).items():
+                if name not in WRITTEN:
                     tensor.fill(0)
         d.residual.fill(0)
-        ops.matmul_backward(d.btc, g.wte if whole else None, None, a.logits, a.lnf, p.wte, beta)
-        norm = (g.lnfw, g.lnfb) if whole else (d.norm[0], d.norm[1])
-        ops.layernorm_backward(d.residual, *norm, d.btc, self._residual(L), p.lnfw, a.lnf_mean, a.lnf_rstd)
+        dqkv = d.qkv.reshape(self.B * self.T, -1)  # (N,3C)
+
+        ops.matmul_backward(d.btc, g.wte, None, a.logits, a.lnf, p.wte, beta)
+        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, self._residual(L), p.lnfw, a.lnf_mean, a.lnf_rstd)
         for l in reversed(range(self.lowest, L)):
-            v = self.layers[l]
+            v, residual = self.layers[l], self._residual(l)
             if self.recompute and l < L - 1:  # the last layer's are still there
-                self._layer(l, v, self._residual(l), 0)
-            self._layer_backward(l, v, beta)
-        if whole:
+                self._layer(l, v, a.residual3[l], residual, self.ring, 0)
+            ops.matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, v.fch_gelu, p.fcprojw[l], beta)
+            ops.gelu_backward(d.bt4c, v.fch, d.bt4c)
+            ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, v.ln2, p.fcw[l], beta)
+            ops.layernorm_backward(
+                d.residual, g.ln2w[l], g.ln2b[l], d.btc, v.residual2, p.ln2w[l], v.ln2_mean, v.ln2_rstd
+            )
+            ops.matmul_backward(d.btc, g.attprojw[l], g.attprojb[l], d.residual, v.atty, p.attprojw[l], beta)
+            if l in self.torus.layers:
+                self._torus_backward(l, v)
+            else:
+                ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, NH)
+            if self.learns is not None and l == self.lowest:  # nothing in front of its attention learns
+                ops.matmul_backward(None, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
+                return
+            ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
+            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], v.ln1_mean, v.ln1_rstd)
+        if self.learns is None:
             ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
 
-    def _layer_backward(self, l: int, v, beta: int):
-        """d.residual, from the gradient behind layer l to the one in front of it; and the layer's gradients."""
-        ops, p, d, NH = self.ops, self.params, self.dacts, self.config.NH
-        names = (
-            "qkvw",
-            "qkvb",
-            "attprojw",
-            "attprojb",
-            "fcw",
-            "fcb",
-            "fcprojw",
-            "fcprojb",
-            "ln1w",
-            "ln1b",
-            "ln2w",
-            "ln2b",
-        )
-        g = SimpleNamespace(**{name: self._part(self.grads, name, l) for name in names})
-        norms = [(g.ln1w, g.ln1b), (g.ln2w, g.ln2b)] if self.learns == "all" else [(d.norm[0], d.norm[1])] * 2
-        ops.matmul_backward(d.bt4c, g.fcprojw, g.fcprojb, d.residual, v.fch_gelu, p.fcprojw[l], beta)
-        ops.gelu_backward(d.bt4c, v.fch, d.bt4c)
-        ops.matmul_backward(d.btc, g.fcw, g.fcb, d.bt4c, v.ln2, p.fcw[l], beta)
-        ops.layernorm_backward(d.residual, *norms[1], d.btc, v.residual2, p.ln2w[l], v.ln2_mean, v.ln2_rstd)
-        ops.matmul_backward(d.btc, g.attprojw, g.attprojb, d.residual, v.atty, p.attprojw[l], beta)
-        if self._is_toroidal(l):
-            self._torus_backward(l, v)
-        else:
-            ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, NH)
-        below = self.learns == "all" or l > self.lowest  # whether anything in front of this layer's attention learns
-        dqkv = d.qkv.reshape(len(v.ln1), -1)
-        ops.matmul_backward(d.btc if below else None, g.qkvw, g.qkvb, dqkv, v.ln1, p.qkvw[l], beta)
-        if below:
-            ln1 = self._residual(l), p.ln1w[l], v.ln1_mean, v.ln1_rstd
-            ops.layernorm_backward(d.residual, *norms[0], d.btc, *ln1)
-
-    def _torus_backward(self, l: int, v):
-        """d.qkv from d.btc, the gradient behind the fusion; and those of the fusion and of lambda."""
-        ops, p, d, g, i = self.ops, self.params, self.dacts, self.grads, self.torus.layers.index(l)
-        NH, depth_major, fused = self.config.NH, int(not self.torus.causal), factors(self.torus)
+    def _torus_backward(self, l: int, v: SimpleNamespace) -> None:
+        """d.qkv from d.btc, the gradient behind the fusion; and the gradients of the fusion's factors and of lambda."""
+        ops, p, g, d, s, ring = self.ops, self.params, self.grads, self.dacts, self.torus, self.ring
+        NH, D, P, window, wrap, causal = self.config.NH, s.depth, ring.period, s.window, self.wrap_depth, self.causal
+        i = s.layers.index(l)
+        omega, lams, lamd = self.omega[i], p.lams[i], p.lamd[i]
+        dplatters = v.atty  # a buffer that is free: the projection's matmul_backward was the last to read it
         d.omega.fill(0)
-        dmixed = v.atty  # its values have done their work: matmul_backward of the projection was the last to read them
-        ops.depth_fusion_backward(dmixed, d.omega if fused else None, d.btc, v.mixed, self.omega[i], NH, depth_major)
-        if fused:
-            ops.fusion_matrix_backward(*self._factors(g, i), d.omega, self.omega[i], *self._factors(p, i), self._fusion)
-        dlam = (g.lams[i], g.lamd[i]) if self.torus.learn_lambda else (None, None)
-        ops.torus_attention_backward(d.qkv, *dlam, dmixed, v.qkv, v.mixed, v.lse, p.lams[i], p.lamd[i], *self._ring())
-        if self.rotations:
-            ops.torus_rope_backward(d.qkv, *self.rotations, NH, self.torus.depth, self.period)
+        domega = d.omega if self.has_factors else None
+        ops.depth_fusion_backward(dplatters, domega, d.btc, v.platters, omega, NH, self.depth_major)
+        if self.has_factors:
+            ops.fusion_matrix_backward(g.fuse1[i], g.fuse2[i], domega, omega, p.fuse1[i], p.fuse2[i], self.fusion)
+        dlams, dlamd = (g.lams[i], g.lamd[i]) if s.learn_lambda else (None, None)
+        ops.torus_attention_backward(
+            d.qkv, dlams, dlamd, dplatters, v.qkv, v.platters, v.lse, lams, lamd, NH, D, P, window, wrap, causal
+        )
+        if ring.w is not None:
+            ops.torus_rope_backward(d.qkv, ring.w, ring.f, NH, D, P)
 
-    def update(self, t, lr, beta2=0.999, weight_decay=0.0, decay_all=True, grad_clip=0.0):
+    def update(self, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decay_all=True, grad_clip=0.0):
         """AdamW update number t = 1, 2, ... of what learns; returns the gradient norm if grad_clip > 0, else None."""
         if self.m_flat is None:
             self.allocate_moments()
         norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
         for name in self.trained:
+            p, g, m, v = vars(self.params)[name], vars(self.grads)[name], vars(self.m)[name], vars(self.v)[name]
             decay = weight_decay if decay_all or name in MATRICES else 0.0
-            whole, learnt = getattr(self.params, name), [getattr(views, name) for views in (self.grads, self.m, self.v)]
-            parts = [(whole, *learnt)]
-            if self.learns == "replaced" and name not in self.extra:
-                parts = [(whole[l], *(tensor[i] for tensor in learnt)) for i, l in enumerate(self.torus.layers)]
-            for tensors in parts:
-                self.ops.adamw_update(*tensors, t, lr, 0.9, beta2, 1e-8, decay, scale)
+            if self.learns is None or name not in ATTENTION:
+                self.ops.adamw_update(p, g, m, v, t, lr, beta1, beta2, eps, decay, scale)
+            else:
+                for i, l in enumerate(self.learns):
+                    self.ops.adamw_update(p[l], g[i], m[i], v[i], t, lr, beta1, beta2, eps, decay, scale)
         return norm
 
-    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None):
-        """AdamW's m and v: a checkpoint's (of all parameters, as it keeps them), or zeros."""
-        for name, saved in (("m", m), ("v", v)):
-            print(f"allocated {self.num_trained * 4 >> 20} MiB for AdamW optimizer state {name}")
-            flat, views = self._buffer()
-            if saved is not None:
-                values = np.zeros(self.num_trained, np.float32)
-                for ours, whole in self._pairs(values, saved):
-                    ours[...] = whole
-                self.ops.copy_in(flat, values)
-            setattr(self, f"{name}_flat", flat)
-            setattr(self, name, views)
+    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
+        """AdamW's m and v: zeros, or a checkpoint's, which keeps them for all parameters."""
+        tell_allocated(4 * self.num_trained, "AdamW optimizer state m")
+        tell_allocated(4 * self.num_trained, "AdamW optimizer state v")
+        self.m_flat, self.m = flat_buffer(self.ops, self.trained, None if m is None else self._of_what_learns(m))
+        self.v_flat, self.v = flat_buffer(self.ops, self.trained, None if v is None else self._of_what_learns(v))
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """m and v of all parameters on the host, 0 for what does not learn."""
-        found = []
-        for flat in (self.m_flat, self.v_flat):
-            values = np.zeros(sum(map(math.prod, self.shapes.values())), np.float32)
-            for ours, whole in self._pairs(self.ops.to_host(flat), values):
-                whole[...] = ours
-            found.append(values)
-        return tuple(found)
+        return self._of_all(self.ops.to_host(self.m_flat)), self._of_all(self.ops.to_host(self.v_flat))
 
-    def _pairs(self, trained: np.ndarray, whole: np.ndarray):
-        """(view of `trained`, view of the same in `whole`), both on the host, for each tensor, or layer of one."""
-        ours, all_of_it = named_views(trained, self.trained), named_views(whole, self.shapes)
-        for name, tensor in ours.items():
-            if self.learns == "all" or name in self.extra:
-                yield tensor, all_of_it[name]
-            else:
-                yield from ((tensor[i], all_of_it[name][l]) for i, l in enumerate(self.torus.layers))
+    def _rows(self, name: str) -> slice | list[int]:
+        """The layers of a tensor that learn."""
+        return slice(None) if self.learns is None or name not in ATTENTION else list(self.learns)
+
+    def _of_what_learns(self, values: np.ndarray) -> np.ndarray:
+        """Flat values of all parameters -> those of what learns."""
+        tensors = named_views(values, self.shapes)
+        return np.concatenate([tensors[name][self._rows(name)].ravel() for name in self.trained])
+
+    def _of_all(self, values: np.ndarray) -> np.ndarray:
+        """Flat values of what learns -> those of all parameters, 0 for the rest."""
+        flat = np.zeros(sum(map(math.prod, self.shapes.values())), np.float32)
+        tensors = named_views(flat, self.shapes)
+        for name, tensor in named_views(values, self.trained).items():
+            tensors[name][self._rows(name)] = tensor
+        return flat
+
+    def _allocate_decoder(self) -> None:
+        """Buffers for a text of all positions; queries, keys and values by layer, all other activations shared."""
+        C, Vp, L, maxT = self.config.C, self.config.Vp, self.config.L, self.config.maxT
+        shapes = largest([self._layer_shapes(l, 1, maxT) for l in range(L)])
+        qkv = shapes.pop("qkv")
+        shared = vars(allocate(self.ops, shapes))
+        once = {"residual": (maxT, C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,), "logits": (1, Vp)}
+        self.decoder = allocate(self.ops, once | {"tokens": (1, maxT)}, ("tokens",))
+        self.decoder_layers = [SimpleNamespace(**shared, qkv=self.ops.zeros(qkv)) for _ in range(L)]
 
     def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
 
-        Keys and values are kept, a toroidal layer's rotated: T*D sub-tokens in the room of T tokens. Where the ring is
-        as long as the text, all of it has to run again.
+        Keys and values are kept, a toroidal layer's rotated: T*D sub-tokens in the room of T tokens. As published, the
+        ring is as long as the text: then all of it has to run again.
         """
-        if self.has_ring_of_text:
+        ring = self.ring
+        if self.torus.layers and not self.torus.causal:
             self.text = [*self.text[:start], *tokens.tolist()]
-            tokens, start = np.array(self.text, np.int32), 0
-            self._set_period(len(tokens))
-        ops, p, c, n = self.ops, self.params, self.config, len(tokens)
-        maxT, end = c.maxT, start + n
+            tokens, start, ring = np.array(self.text, np.int32), 0, self._ring(len(self.text))
         if self.decoder is None:
-            shapes = [self._layer_shapes(l, 1, maxT) for l in range(c.L)]
-            largest = {name: max((s.get(name, ()) for s in shapes), key=math.prod) for s in shapes for name in s}
-            largest |= dict(encoded=(maxT, c.C), residual3=(maxT, c.C), last=(1, c.C), logits=(1, c.Vp))
-            self.decoder = self._allocate({name: shape for name, shape in largest.items() if name != "qkv"})
-            self.decoder.tokens = ops.zeros((1, maxT), np.int32)
-            self.decoder.qkv = ops.zeros((c.L, 1, maxT, 3 * c.C))
+            self._allocate_decoder()
+        ops, p, d, n = self.ops, self.params, self.decoder, len(tokens)
         if start == 0:
-            self._mix_matrices()  # an update may have changed the factors
-        d = self.decoder
+            self._fusion_matrices()  # an update may have changed the factors
         ops.copy_in(d.tokens[:, :n], tokens.reshape(1, n))
-        residual = d.encoded[:n]
+        residual = d.residual[:n]
         ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
-        for l in range(c.L):
-            shapes = self._layer_shapes(l, 1, n) | dict(residual3=(n, c.C))
-            v = views_of(d, {name: shape for name, shape in shapes.items() if name != "qkv"})
-            v.qkv = d.qkv[l, :, :end]
-            self._layer(l, v, residual, start)
-            residual = v.residual3
-        ops.layernorm_forward(d.last, v.ln2_mean[:1], v.ln2_rstd[:1], residual[n - 1 :], p.lnfw, p.lnfb)
-        ops.matmul_forward(d.logits, d.last, p.wte)
-        return ops.to_host(d.logits)[0, : c.V]
-
-
-def views_of(buffers: SimpleNamespace, shapes: dict) -> SimpleNamespace:
-    """The first values of each buffer, in other shapes."""
-    return SimpleNamespace(
-        **{
-            name: getattr(buffers, name).reshape(-1)[: math.prod(shape)].reshape(shape)
-            for name, shape in shapes.items()
-        }
-    )
+        for l in range(self.config.L):
+            v = first_of(self.decoder_layers[l], self._layer_shapes(l, 1, n, start))
+            self._layer(l, v, residual, residual, ring, start)
+        ops.layernorm_forward(d.lnf, d.lnf_mean, d.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
+        ops.matmul_forward(d.logits, d.lnf, p.wte)
+        return ops.to_host(d.logits)[0, : self.config.V]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
+def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
+    """The lowest validation loss of the run that goes on, and its validations since: None, 0 for a new run.
+
+    Raises UserError for a state file in which they are no such numbers.
+    """
+    extra = state.extra if state else {}
+    best, worse = extra.get("best_loss"), extra.get("worse", 0)
+    if not isinstance(worse, int) or worse < 0 or not isinstance(best, float | int | None) or not (best or 0) >= 0:
+        found = f"{worse!r} validations since the best loss {best!r}, expected numbers, 0 or more"
+        raise UserError(f"{args.resume}: {found}", f"start anew from its weights: -e {args.resume}")
+    return best, worse
+
+
+def save(args: Namespace, model: GPT2, step: int, run: loop.Run, extra: dict) -> None:
     """Write the checkpoint, replaced layers in its header, and the optimizer state for a run that goes on at `step`."""
     params, own = model.ops.to_host(model.params_flat), num_parameters(model.config)
-    kind, fields = (TOROIDAL, model.torus.fields()) if model.extra else (DENSE, ())
+    kind, fields = (TOROIDAL, model.torus.fields()) if model.torus.layers else (DENSE, ())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, model, file, *model.moments(), run)
+    m, v = model.moments()
+    loop.save(args, model, file, m, v, run, extra)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -478,15 +451,19 @@ def main(argv: list[str] | None = None) -> int:
     args, file, state = options.parse_options(parser, argv, "train_toroidal.py")
     torus = choose_torus(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    if args.train == "replaced" and not torus.layers and args.steps != 0:
-        raise UserError(
-            "--layers none with --train replaced: nothing learns", "add -n 0 to validate, or --train all", 2
+    earlier = state.options.get("train", args.train) if state else args.train
+    idle = args.train == "replaced" and not torus.layers and args.steps != 0
+    uncounted = args.patience and not args.val_every
+    anew = f"start anew from its weights: give -e {args.resume} in place of --resume"
+    found = f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}"
+    refuse(
+        (
+            (idle, "--layers none with --train replaced: nothing learns", "add -n 0 to validate, or --train all"),
+            (uncounted, f"--patience {args.patience} with -v 0: there are no validations to count", "-v 20"),
+            (args.train != earlier, found, anew),
         )
-    if args.patience and not args.val_every:
-        raise UserError(f"--patience {args.patience} with -v 0: there are no validations to count", "-v 20", 2)
-    if state and args.train != (earlier := state.options.get("train", args.train)):
-        hint = f"start anew from its weights: give -e {args.resume} in place of --resume"
-        raise UserError(f"--resume with --train {args.train}: {args.resume} was made with --train {earlier}", hint, 2)
+    )
+    best, worse = best_so_far(args, state)  # worse: validations since the best
     device = kernels.open_device(args.device, args.tf32)
 
     run = loop.open_run(args, config, state, args.epochs)
@@ -494,9 +471,10 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.init == "random" and not state and torus.layers:
         replace_attention(file, torus.layers, args.seed or 42)
-    extra = file.params[:0] if args.control else extra_init(device, file, torus, args.seed or 42)
-    params = np.concatenate([file.params, extra])
-    model = GPT2(device, config, torus, params, B, T, args.train, args.recompute, args.control)
+    learns = None if args.train == "all" else torus.layers
+    replaced = Torus() if args.control else torus
+    params = np.concatenate([file.params, extra_init(file, replaced, args.seed or 42)])
+    model = GPT2(device, config, replaced, params, B, T, learns, args.recompute)
     table.heading()
     print_torus(config, torus, model.num_trained, args)
     options.print_options(args)
@@ -510,24 +488,22 @@ def main(argv: list[str] | None = None) -> int:
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
     log = Logger(args.log, start)
 
-    seconds, worse = 0.0, args.worse  # worse: validations since the best
-    best = math.inf if args.best_loss is None else args.best_loss
+    seconds = 0.0
     before = device.memory_used()
     with Interrupt() as interrupt:
         for step in range(start, steps + 1):
             last_step = step == steps
-            # what a save keeps: without this step's validation, which the run that resumes it repeats
-            args.best_loss, args.worse = None if best == math.inf else best, worse
+            extra = {"best_loss": best, "worse": worse}  # without this step's validation, which a resumed run repeats
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, run)
+                    save(args, model, step, run, extra)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
                 val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}\nperplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 log.val(step, val_loss)
-                best, worse = (val_loss, 0) if val_loss < best else (best, worse + 1)
+                best, worse = (val_loss, 0) if best is None or val_loss < best else (best, worse + 1)
                 if args.patience and worse >= args.patience and not last_step:
                     print(f"early stop after {step} steps: {worse} validations without one below {best:f}")
                     last_step = True
@@ -535,7 +511,7 @@ def main(argv: list[str] | None = None) -> int:
                 print_memory(model, device.memory_used() - before)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, run)
+                save(args, model, step, run, extra)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, run, args.sample_tokens)
             if last_step:
@@ -570,11 +546,11 @@ def main(argv: list[str] | None = None) -> int:
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 
-def print_memory(model: GPT2, measured: int):
+def print_memory(model: GPT2, measured: int) -> None:
     """What is expected of forward passes, with --recompute also without; and what they took, if any has been run."""
-    predicted, without = (model.activation_bytes(recompute) >> 20 for recompute in (model.recompute, False))
+    predicted, without = model.activation_bytes(model.recompute) >> 20, model.activation_bytes(False) >> 20
     saved = f" ({without} without --recompute)" if model.recompute else ""
-    grew = f", memory grew by {measured >> 20} MiB" if model.layers else ""
+    grew = f", memory grew by {measured >> 20} MiB" if model.acts is not None else ""
     print(f"activations: {predicted} MiB predicted{saved}{grew}")
 
 

@@ -24,6 +24,7 @@ from kernels import cpu  # before NumPy, as in the trainers  # isort: skip
 import numpy as np
 import turns
 
+from kernels.cpu.band.band_mask import band_count
 from kernels.cpu.band.band_matmul import best_channels
 from llmc.cli import ArgumentParser, positive_int
 from llmc.errors import UserError, run
@@ -126,7 +127,7 @@ def rows_of_size(C: int, N: int, ms: dict[tuple[str, int], np.ndarray]) -> list[
         elif width == DENSE:
             name, density, how = "dense", "100.0%", ""
         else:
-            kept = cpu.band_count(4 * C, C, width) / (4 * C * C)
+            kept = band_count(4 * C, C, width) / (4 * C * C)
             channels = best_channels(4 * C, C, width, N)
             name, density, how = f"w = {width}", f"{kept:.1%}", f"{channels} channels" if channels else "whole"
             how = f"{how}, ideal {1 / kept:.1f} x"
@@ -140,7 +141,7 @@ def crossover(C: int, N: int, ms: dict[tuple[str, int], np.ndarray]) -> str:
     faster = [run[1] for run in ms if run[0] == "ours" and as_fast(ms, run) > 1.03]
     if not faster:
         return f"| {C} | {N} | none measured |"
-    return f"| {C} | {N} | {cpu.band_count(4 * C, C, max(faster)) / (4 * C * C):.1%} (w = {max(faster)}) |"
+    return f"| {C} | {N} | {band_count(4 * C, C, max(faster)) / (4 * C * C):.1%} (w = {max(faster)}) |"
 
 
 def main() -> int:

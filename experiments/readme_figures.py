@@ -1,4 +1,4 @@
-"""The runs that README.md shows: repeats them and writes what they print between README's markers.
+"""The runs that README.md and doc/ show: repeats them and writes what they print between the pages' markers.
 
     make figures                                       # all of them
     python experiments/readme_figures.py --only bytes  # one of train_banded, bytes, train_sparse_attn, train_toroidal
@@ -37,10 +37,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "experiments" / "indexer_warmup.png"
 README, FOLDER = ROOT / "README.md", ROOT / "build" / "readme"
 CODE = ("train_*.py", "data/*.py", "llmc/*.py", "systems/**/*.py", "kernels/*.py", "kernels/cpu/**/*.py")
+PAGES = {  # of a run's figures
+    "train_banded": README,
+    "bytes": README,
+    "train_sparse_attn": ROOT / "doc" / "sparse_attention.md",
+    "train_toroidal": ROOT / "doc" / "toroidal.md",
+}
 END = "<!-- end of the figures -->\n"
 PYTHON = re.compile(r"(?:\S*/)?python3? (?=(?:data/|train_)\w+\.py)")
 LAYERS = [r"layer \d+: "] * 4 + ["indexer and selection"]
-RUNS = {  # name: {script's turn: the lines that README shows, each the next that begins so; "last": the last of them}
+RUNS = {  # name: {script's turn: the lines that its page shows, each the next that begins so; "last": the last of them}
     "train_banded": {
         0: [
             *(r"\| FC1 banded mask", r"\| FC1 connections", "val loss", "step +1/", "val loss", r"step +(\d+)/\1:"),
@@ -64,7 +70,7 @@ RUNS = {  # name: {script's turn: the lines that README shows, each the next tha
 def commands(name: str) -> list[str]:
     """What the run `name` types, without the installing: a make target's recipes, or README's block on bytes."""
     if name == "bytes":
-        blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), re.DOTALL)
+        blocks = re.findall(r"```bash\n(.*?)```", PAGES[name].read_text(), re.DOTALL)
         lines = next(block for block in blocks if "-e byte.bin" in block)
     else:
         recipes = ["make", "--no-print-directory", "-n", "-B", name]
@@ -137,7 +143,7 @@ def excerpt(lines: list[str], patterns: list[str]) -> list[str]:
 
 
 def block(name: str) -> str:
-    """Repeat the run `name`; what README shows of it."""
+    """Repeat the run `name`; what its page shows of it."""
     folder, trained = FOLDER / name, []
     fresh(folder)
     for number, command in enumerate(dict.fromkeys(commands(name))):
@@ -155,12 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     names = [args.only] if args.only else [*RUNS]
     for name in names:
         text = block(name)
-        before, _, rest = README.read_text().partition(begin(name))
+        page = PAGES[name]
+        before, _, rest = page.read_text().partition(begin(name))
         if END not in rest:
-            raise UserError(
-                f"{README}: no lines {begin(name).strip()} and {END.strip()}", "put them where the figures go"
-            )
-        with atomic_write(README) as file:
+            lines = f"{begin(name).strip()} and {END.strip()}"
+            raise UserError(f"{page}: no lines {lines}", "put them where the figures go")
+        with atomic_write(page) as file:
             file.write(f"{before}{begin(name)}{text}{END}{rest.partition(END)[2]}".encode())
         print(f"{begin(name)}{text}{END}", end="")
     if "train_sparse_attn" in names:

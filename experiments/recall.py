@@ -1,7 +1,8 @@
 """Tagged recall (data/recall.py): does the indexer find the one key that matters?
 
-    make recall                                      # six arms, two seeds; the table goes into README.md
+    make recall                                      # six arms, two seeds; the table goes into doc/ and README.md
     python experiments/recall.py --seeds 3,4,5       # more seeds; finished runs in build/recall are kept
+    python experiments/recall.py --no-runs           # the tables anew, from experiments/recall.json
 
 For each seed a dense model of 0.13M parameters learns the task (600 steps). From its weights every arm goes on for 300
 steps with T = 128 and, but for dense, k = 16 keys a query; the indexer's arm first warms its indexer up (150 steps).
@@ -30,7 +31,8 @@ from llmc.errors import UserError, run
 from llmc.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "experiments" / "recall.json"
+README, PAGE = ROOT / "README.md", ROOT / "doc" / "sparse_attention.md"
+RESULTS = ROOT / "experiments" / "recall.json"
 BEGIN, END = "<!-- table: make recall -->\n", "<!-- end of the table -->\n"
 T, K = 128, 16
 MODEL = "--vocab 296 -C 64 -L 2 -H 4 -T 128"
@@ -140,11 +142,33 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_table(results: dict) -> str:
+    """README's: each arm's share of right answers, the mean over seeds, the best first."""
+    lines = ["| keys chosen by | answers right |", "|---|---:|"]
+    shares = {arm: sum(found[arm]["accuracy"] for found in results.values()) / len(results) for arm in ARMS}
+    lines += [f"| {arm} | {shares[arm]:.3f} |" for arm in sorted(ARMS, key=shares.get, reverse=True)]
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(results: dict) -> int:
+    """Print the table, and put it and README's between the markers of their pages, where there are any."""
+    print(table(results), end="")
+    for page, text in ((PAGE, table(results)), (README, short_table(results))):
+        before, begin, rest = page.read_text().partition(BEGIN)
+        if begin:
+            with atomic_write(page) as file:
+                file.write(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}".encode())
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", default="3,4", help="seeds, each from its own random model")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "recall", help="where runs are kept")
+    parser.add_argument("--no-runs", action="store_true", help="write the tables anew from experiments/recall.json")
     args = parser.parse(argv)
+    if args.no_runs:
+        return write_tables(json.loads(RESULTS.read_text()))
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise UserError(f"--seeds {args.seeds}: expected numbers, as in 3,4", exit_code=2)
     seeds = [int(seed) for seed in args.seeds.split(",")]
@@ -155,12 +179,7 @@ def main(argv: list[str] | None = None) -> int:
         results = dict(zip(seeds, pool.map(lambda seed: arms_of(seed, args.folder), seeds)))
     with atomic_write(RESULTS) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
-    print(table(results), end="")
-    if BEGIN in (text := README.read_text()):
-        before, _, rest = text.partition(BEGIN)
-        with atomic_write(README) as file:
-            file.write(f"{before}{BEGIN}{table(results)}{END}{rest.partition(END)[2]}".encode())
-    return 0
+    return write_tables(results)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Ops for GPT-2 training: kernels.cpu is NumPy, kernels.cuda handwritten CUDA. A device is a namespace of ops, of what
-moves arrays (zeros, to_device, copy_in, to_host, to_host_later, synchronize), of describe() and the boolean tf32.
+"""Ops for GPT-2 training: kernels.cpu is NumPy, kernels.cuda handwritten CUDA. Device lists what both can do.
 
 Import this before NumPy: it sets how long the threads of OpenBLAS spin when they have nothing to do.
 """
@@ -14,8 +13,10 @@ from llmc.errors import UserError
 # to wake them
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
+from kernels.device import Device  # NumPy comes with it
 
-def open_device(name: str = "auto", tf32: bool = False):
+
+def open_device(name: str = "auto", tf32: bool = False) -> Device:
     """The device "cpu" or "cuda"; "auto" is the GPU if there is one that works, else the CPU.
 
     tf32: the GPU may round the operands of matrix products to TF32. Raises UserError if "cuda" cannot be had. Tells on
@@ -29,7 +30,7 @@ def open_device(name: str = "auto", tf32: bool = False):
     return device
 
 
-def _open_cuda(tf32: bool, needed: bool):
+def _open_cuda(tf32: bool, needed: bool) -> Device | None:
     """The GPU, or None. Raises UserError if it is `needed`."""
     from kernels.driver import NoDevice, NoDriver, check_driver
 

@@ -1,5 +1,6 @@
 """Buffers of a model on a device: one flat array with a view per tensor, or an array per name."""
 
+from collections.abc import Iterator
 from math import prod
 from types import SimpleNamespace
 
@@ -34,6 +35,21 @@ def first_of(buffers: SimpleNamespace, shapes: dict[str, tuple[int, ...]]) -> Si
     return SimpleNamespace(
         **{name: vars(buffers)[name].reshape(-1)[: prod(shape)].reshape(shape) for name, shape in shapes.items()}
     )
+
+
+def query_blocks(buffer, B: int, start: int, T: int, most: int) -> Iterator[tuple]:
+    """(first, B x rows x keys view of a flat buffer) for blocks of queries at first.. with the keys up to their last.
+
+    Queries stand at positions start .. T - 1; a block has `most` of them at most.
+    """
+    for first in range(start, T, most):
+        rows, keys = min(most, T - first), min(first + most, T)
+        yield first, buffer[: B * rows * keys].reshape(B, rows, keys)
+
+
+def total_bytes(buffers: SimpleNamespace) -> int:
+    """The memory of all buffers together."""
+    return sum(array.nbytes for array in vars(buffers).values())
 
 
 def tell_allocated(nbytes: int, what: str) -> None:

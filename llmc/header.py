@@ -45,8 +45,8 @@ def read_fields(table: tuple[Field, ...], numbers: tuple[int, ...], path: str, h
         if isinstance(allowed, Real):
             (value,) = struct.unpack("<f", struct.pack("<i", number))
             if not allowed.least <= value <= allowed.most or (allowed.above and value == allowed.least):
-                expected = f"above {allowed.least:g}, at most" if allowed.above else f"{allowed.least:g} to"
-                raise UserError(f"{path}: {label} is {value}, expected {expected} {allowed.most:g}", hint)
+                expected = f"above {allowed.least:g}, at most " if allowed.above else f"{allowed.least:g}.."
+                raise UserError(f"{path}: {label} is {value}, expected {expected}{allowed.most:g}", hint)
         else:
             numbers_allowed = allowed if isinstance(allowed, range) else range(2 if allowed is bool else len(allowed))
             check_range(number, numbers_allowed, label, path, hint)

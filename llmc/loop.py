@@ -103,17 +103,22 @@ def print_sample(model, run: Run, count: int, **phase) -> None:
     print("\n---", flush=True)
 
 
-def save(args: Namespace, model, file: Model, m: np.ndarray, v: np.ndarray, run: Run, **phase) -> None:
+def save(
+    args: Namespace, model, file: Model, m: np.ndarray, v: np.ndarray, run: Run, extra: dict | None = None, **phase
+) -> None:
     """Write the checkpoint `file` to -c, and what the run goes on from: m, v, data position, sampler and options.
 
-    Sets the loader's position in `file`. Raises UserError, and the checkpoint of before stays, if a value to be written
-    is not finite, or the loss of these weights, of which no step has told yet, on the first validation batch.
+    extra: what else the trainer goes on from. Sets the loader's position in `file`. Raises UserError, and the
+    checkpoint of before stays, if a value to be written is not finite, or the loss of these weights, of which no step
+    has told yet, on the first validation batch.
     """
     check_finite("val", evaluate(model, run.val_loader, 1, **phase), file.step, args)
     loader = run.train_loader
     file.shard, file.sample = loader.shard, loader.sample
     options = saved_options(args)
-    state = TrainState(file.step, run.sampler.state, file.shard, file.sample, m, v, loader.state(), options)
+    state = TrainState(
+        file.step, run.sampler.state, file.shard, file.sample, m, v, loader.state(), options, extra=extra or {}
+    )
     print(f"saving checkpoint to {args.checkpoint}", flush=True)
     for dropped in save_checkpoint(args.checkpoint, file, state):
         print(f"dropped {dropped.name}, which an earlier run left")

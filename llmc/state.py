@@ -6,7 +6,7 @@
                   128: 20261121, 1, length of the options (our extension)
     m float32 (n), v float32 (n)          n = num_parameters, as in llm.c's ZeRO stage 0, + the model's extra values
     if should_shuffle: uint64 count, int32 shard_indices; uint64 count, int32 intra_shard_indices; Mersenne Twister
-    the options, JSON in UTF-8
+    the options, JSON in UTF-8; what else a trainer keeps is among them under the name "extra"
 
 llm.c's rng_state drives its stochastic rounding to bfloat16. Ours is float32 throughout and rounds nothing: the field
 holds the state of the text sampler (xorshift64* too), and rng_state_last_update is 0. llm.c reads no further than the
@@ -40,6 +40,9 @@ HINT = "resume from another checkpoint, or start anew from its model file with -
 # uint64 fields, as indices into the header seen as uint64 [128]
 RNG_STATE, SHARD, SAMPLE = 10, 15, 16
 
+EXTRA = "extra"  # where TrainState.extra stands among the options
+ONCE_OPTIONS = ("best_loss", "worse")  # extra values that older files keep as options
+
 # mt19937_state of llm.c's rand.h. `left` words remain before the next regeneration, so left + next = 625; only a
 # generator that was seeded and not used yet has left 1, next 0
 MERSENNE = np.dtype([("seed", "<u8"), ("left", "<i4"), ("next", "<u4"), ("key", "<u4", 624), ("matrix", "<u4", 2)])
@@ -52,7 +55,8 @@ class TrainState:
     """What a checkpoint keeps beside the model.
 
     step: updates done; rng_state: Sampler.state; shard, sample, shuffle: of the training DataLoader; m, v: AdamW's
-    moments, flat float32; options: the command line's settings by name, anything JSON holds.
+    moments, flat float32; options: the command line's settings by name, anything JSON holds; extra: what else a trainer
+    goes on from, by name, anything JSON holds.
     """
 
     step: int
@@ -65,13 +69,15 @@ class TrainState:
     options: dict = field(default_factory=dict)
     rank: int = 0
     num_processes: int = 1
+    extra: dict = field(default_factory=dict)
 
 
 def write_state(path: str | os.PathLike, state: TrainState) -> None:
     """Write `state`, atomically; m and v go out as they lie in memory. Raises UserError if the system refuses."""
     if state.m.size != state.v.size:
         raise ValueError(f"{state.m.size} values of m, {state.v.size} of v")
-    options = json.dumps(state.options).encode()  # escapes all but ASCII, and so a file name that is no valid UTF-8
+    options = state.options | ({EXTRA: state.extra} if state.extra else {})
+    options = json.dumps(options).encode()  # escapes all but ASCII, and so a file name that is no valid UTF-8
     header = np.zeros(HEADER_INTS, "<i4")
     header[:6] = MAGIC, VERSION, state.num_processes, state.rank, 0, state.shuffle is not None
     header[10] = state.step
@@ -104,8 +110,8 @@ def read_state(path: str | os.PathLike, num_parameters: int) -> TrainState:
     if shuffle and (shard >= shuffle.shard_indices.size or sample > shuffle.intra_shard_indices.size):
         sizes = f"{shuffle.shard_indices.size} shards and {shuffle.intra_shard_indices.size} samples"
         raise UserError(f"{path}: shard {shard}, sample {sample}; expected within {sizes}", HINT)
-    options = _parse_options(options, path) if options else {}
-    return TrainState(step, rng_state, shard, sample, m, v, shuffle, options, int(header[3]), int(header[2]))
+    options, extra = _parse_options(options, path) if options else ({}, {})
+    return TrainState(step, rng_state, shard, sample, m, v, shuffle, options, int(header[3]), int(header[2]), extra)
 
 
 def _check_header(header: np.ndarray, path: str | os.PathLike) -> None:
@@ -187,11 +193,15 @@ def _read_permutation(file: BinaryIO, path: str | os.PathLike, name: str) -> np.
     return indices
 
 
-def _parse_options(text: bytes, path: str | os.PathLike) -> dict:
+def _parse_options(text: bytes, path: str | os.PathLike) -> tuple[dict, dict]:
+    """Options and extra values."""
     try:
         options = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: options are no JSON: {error}", HINT) from None
     if not isinstance(options, dict):
         raise UserError(f"{path}: options are a {type(options).__name__}, expected an object", HINT)
-    return options
+    extra = options.pop(EXTRA, {})
+    if not isinstance(extra, dict):
+        raise UserError(f"{path}: {EXTRA} is a {type(extra).__name__}, expected an object", HINT)
+    return options, {name: options.pop(name) for name in ONCE_OPTIONS if name in options} | extra

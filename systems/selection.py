@@ -1,16 +1,32 @@
 """What a selection of keys has of dense attention, and of answers: the figures that a validation prints.
 
-A model here is train_sparse_attn.GPT2: measure(inputs), forward(inputs), and what it keeps of each layer.
+A model here is train_sparse_attn.GPT2: measure(inputs, dense), forward(inputs, dense=...), and what it keeps of each
+layer; dense is whether it attends to all keys in this phase.
 """
 
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
+
+
+def ids(text: str) -> str:
+    """FIRST:END, two token ids."""
+    first, colon, end = text.partition(":")
+    if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end) < 1 << 24):
+        raise ArgumentTypeError(f"{text!r}, expected FIRST:END, two token ids")
+    return text
+
+
+def add_report_options(parser: ArgumentParser) -> None:
+    """Add the option about what a validation reports to `parser`."""
+    add = parser.add_argument_group("report").add_argument
+    add("--answers-after", type=ids, metavar="FIRST:END", help="ids whose next token is an answer: report accuracy")
 
 
 def kept_pairs(k: int, T: int) -> int:
@@ -79,11 +95,14 @@ def hits(index: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
     return float((index == wanted[..., None]).any(-1)[mask].mean()) if mask.any() else float("nan")
 
 
-def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int):
-    """Print what the selection has of dense attention, on the first validation batch, and of answers, on all."""
+def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int, dense: bool):
+    """Print what the selection has of dense attention, on the first validation batch, and of answers, on all.
+
+    dense: whether the model attends to all keys in this phase.
+    """
     if model.sparsity.attention == "sparse" and not model.sparsity.leak:
         loader.reset()
-        divergences, agreements, part = model.measure(loader.next_batch()[0])
+        divergences, agreements, part = model.measure(loader.next_batch()[0], dense)
         causal = model.T * (model.T + 1) // 2
         for l, agreement in enumerate(agreements):
             kl = f"KL {divergences[l]:.4f}, " if divergences else ""
@@ -96,7 +115,8 @@ def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger
         log.add("recall", step, sum(each.recall for each in agreements) / len(agreements))
         log.add("mass", step, sum(each.mean_mass for each in agreements) / len(agreements))
     if args.answers_after:
-        right, found = answer_accuracy(model, loader, batches, *map(int, args.answers_after.split(":")))
+        first, end = map(int, args.answers_after.split(":"))
+        right, found = answer_accuracy(model, loader, batches, first, end, dense)
         if right is None:
             print("answers: none in the validation data", flush=True)
             return
@@ -105,22 +125,25 @@ def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger
         log.add("answers", step, right)
 
 
-def answer_accuracy(model, loader: DataLoader, batches: int, first: int, end: int) -> tuple[float | None, list[float]]:
+def answer_accuracy(
+    model, loader: DataLoader, batches: int, first: int, end: int, dense: bool
+) -> tuple[float | None, list[float]]:
     """Share of the tokens after ids first..end-1 that are likeliest; by layer, how often their source was selected.
 
-    None if there is no answer at all.
+    dense: as in report. None if there is no answer at all, no layers where all keys are attended to.
     """
+    selects = not (dense or model.always_dense)
     right, found, total = 0, np.zeros(model.config.L), 0
     loader.reset()
     for _ in range(batches):
         inputs, targets = loader.next_batch()
         asked, wanted = answers(inputs, targets, first, end), sources(inputs, targets)
-        model.forward(inputs)
+        model.forward(inputs, dense=dense)
         likeliest = model.ops.to_host(model.acts.logits)[:, : model.config.V].argmax(1).reshape(inputs.shape)
         right, total = right + int((likeliest == targets)[asked].sum()), total + int(asked.sum())
-        if not model.dense and asked.any():
+        if selects and asked.any():
             lists = [model.ops.to_host(v.index) for v in model.layers]
             found += [hits(index, wanted, asked) * asked.sum() for index in lists]
     if not total:
         return None, []
-    return right / total, [] if model.dense else list(found / total)
+    return right / total, list(found / total) if selects else []

@@ -1,8 +1,11 @@
-"""How a model attends: the options, and the fields by which the header of its file keeps them.
+"""How a model attends: the options, the fields by which the header of its file keeps them, and the extra tensors.
 
 The fields behind kind SPARSE_ATTENTION, all int32 (coverage as the bits of a float32), then k for each layer:
 
     layout 1, attention, selector, indexer, heads, width, rotated dims, force self, sink, adaptive, leak, coverage, seed
+
+A selector is a word in SELECTORS and a branch of Selection.score in train_sparse_attn.py. Files keep a word's place:
+new ones go to the end.
 """
 
 import struct
@@ -10,21 +13,51 @@ from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass, replace
 from math import prod
 
-from llmc import table
-from llmc.checkpoint import SPARSE_ATTENTION, DeepSeekConfig, GPT2Config, Model, check_trains
-from llmc.cli import fraction
+import numpy as np
+
+from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN, keep_controller_init
+from kernels.cpu.sparse.upstream_controller import upstream_controller_init, upstream_controller_shapes
+from llmc import header, table
+from llmc.checkpoint import SPARSE_ATTENTION, DeepSeekConfig, GPT2Config, Model, check_trains, named_views
+from llmc.cli import (
+    ArgumentParser,
+    flag01,
+    fraction,
+    natural,
+    natural_float,
+    positive_float,
+    positive_int,
+    refuse,
+    resolve,
+)
 from llmc.errors import UserError
+from llmc.header import Field, Real
+from llmc.rand import normals
 from systems.selection import kept_pairs
 
-LAYOUT = 1
 ATTENTION = ("dense", "sparse")
 SELECTORS = ("indexer", "top-p", "recency", "random", "oracle")
-SCORED = SELECTORS[:2]  # by the indexer
+SCORED = ("indexer", "top-p")  # the selectors that need an indexer
 INDEXERS = ("none", "lightning", "upstream")
 ADAPTIVE = ("none", "prefix", "upstream")
-FEATURES, HIDDEN = 5, 16  # of --adaptive prefix: kernels/cpu/sparse/keep_controller.py
-NUM_FIELDS = 13  # in front of the layers' k
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH = 100, 256, 1024
+CONTROLLER = ("ctlw1", "ctlb1", "ctlw2", "ctlb2")  # tensors of --adaptive prefix
+
+LAYOUT = 1  # the first field
+FIELDS = (
+    Field("attention", ATTENTION),
+    Field("selector", SELECTORS),
+    Field("indexer", INDEXERS),
+    Field("heads", range(1, MAX_HEADS + 1), "indexer heads"),
+    Field("width", range(1, MAX_WIDTH + 1), "indexer width"),
+    Field("rotated", range(MAX_WIDTH + 1), "rotated dims"),
+    Field("force_self", bool),
+    Field("sink", bool),
+    Field("adaptive", ADAPTIVE),
+    Field("leak", bool),
+    Field("coverage", Real(0, 1, above=True)),
+    Field("seed", range(1 << 31)),
+)
 HINT = "save it again with train_sparse_attn.py"
 
 
@@ -32,7 +65,7 @@ HINT = "save it again with train_sparse_attn.py"
 class Sparsity:
     """attention: what the model runs; k: how many keys a query of each layer keeps at most; the rest by their flags.
 
-    coverage is the share of attention that top-p keeps and that --adaptive prefix learns to.
+    coverage is the share of attention that top-p keeps and that --adaptive prefix learns to keep.
     """
 
     k: tuple[int, ...]
@@ -49,12 +82,19 @@ class Sparsity:
     coverage: float = 0.95
     seed: int = 1
 
+    @property
+    def adapts(self) -> bool:
+        """Whether queries of one layer keep different numbers of keys; k is their limit then."""
+        return self.selector == "top-p" or self.adaptive != "none"
+
+    @property
+    def indexer_has_loss(self) -> bool:
+        """Whether there is an indexer and attention for it to learn from: not where future keys are seen."""
+        return self.indexer != "none" and self.attention == "sparse" and not self.leak
+
     def fields(self) -> tuple[int, ...]:
         """The header fields."""
-        numbers = (ATTENTION.index(self.attention), SELECTORS.index(self.selector), INDEXERS.index(self.indexer))
-        numbers += (self.heads, self.width, self.rotated, int(self.force_self), int(self.sink))
-        numbers += (ADAPTIVE.index(self.adaptive), int(self.leak))
-        return (LAYOUT, *numbers, *struct.unpack("<i", struct.pack("<f", self.coverage)), self.seed, *self.k)
+        return (LAYOUT, *header.write_fields(FIELDS, self), *self.k)
 
 
 def read_fields(fields: tuple[int, ...], layers: int, positions: int, name: str) -> Sparsity:
@@ -63,25 +103,13 @@ def read_fields(fields: tuple[int, ...], layers: int, positions: int, name: str)
         raise UserError(f"{name}: layout {fields[0]} of the sparse attention's fields, expected {LAYOUT}", HINT)
     if layers > MAX_LAYERS:
         raise UserError(f"{name}: {layers} layers, the header has room for {MAX_LAYERS}", HINT)
-    attention, selector, indexer, heads, width, rotated, force_self, sink, adaptive, leak, coverage, seed = fields[1:13]
-    k = fields[NUM_FIELDS : NUM_FIELDS + layers]
-    (coverage,) = struct.unpack("<f", struct.pack("<i", coverage))
-    limits = {"attention": (attention, 0, 1), "selector": (selector, 0, 4), "indexer": (indexer, 0, 2)}
-    limits |= {"indexer heads": (heads, 1, MAX_HEADS), "indexer width": (width, 1, MAX_WIDTH)}
-    limits |= {"rotated dims": (rotated, 0, width)}
-    limits |= {"force self": (force_self, 0, 1), "sink": (sink, 0, 1), "adaptive": (adaptive, 0, 2)}
-    limits |= {"leak": (leak, 0, 1), "seed": (seed, 0, 2**31 - 1)}
-    limits |= {f"k of layer {layer}": (value, 1, positions) for layer, value in enumerate(k)}
-    for what, (value, least, most) in limits.items():
-        if not least <= value <= most:
-            raise UserError(f"{name}: {what} is {value}, expected {least}..{most}", HINT)
-    if not 0 < coverage <= 1:
-        raise UserError(f"{name}: coverage is {coverage}, expected above 0, at most 1", HINT)
-    if rotated % 2:
-        raise UserError(f"{name}: {rotated} rotated dims of the indexer, expected an even number", HINT)
-    names = ATTENTION[attention], SELECTORS[selector], INDEXERS[indexer]
-    flags = bool(force_self), bool(sink), ADAPTIVE[adaptive], bool(leak)
-    s = Sparsity(tuple(k), *names, heads, width, rotated, *flags, coverage, seed)
+    values, behind = header.read_fields(FIELDS, fields[1:], name, HINT), 1 + len(FIELDS)
+    s = Sparsity(k=tuple(fields[behind : behind + layers]), **values)
+    header.check_range(s.rotated, range(s.width + 1), "rotated dims", name, HINT)
+    for l, k in enumerate(s.k):
+        header.check_range(k, range(1, positions + 1), f"k of layer {l}", name, HINT)
+    if s.rotated % 2:
+        raise UserError(f"{name}: {s.rotated} rotated dims of the indexer, expected an even number", HINT)
     if wrong := conflict(s):
         raise UserError(f"{name}: {wrong.replace('--', '')}", HINT)
     return s
@@ -93,7 +121,7 @@ def conflict(s: Sparsity) -> str:
         return f"--selector {s.selector} without an indexer"
     if s.adaptive != "none" and s.selector != "indexer":
         return f"--adaptive {s.adaptive} with --selector {s.selector}: it chooses k for --selector indexer alone"
-    if s.leak and (s.adaptive != "none" or s.selector == "top-p"):
+    if s.leak and s.adapts:
         other = "--selector top-p" if s.selector == "top-p" else f"--adaptive {s.adaptive}"
         return f"--legacy-leak with {other}: it takes the same k for all queries"
     return ""
@@ -101,22 +129,74 @@ def conflict(s: Sparsity) -> str:
 
 def is_mla(config: GPT2Config) -> bool:
     """Whether queries, keys and values go through latents (multi-head latent attention)."""
-    return getattr(config, "kv_rank", 0) > 0
+    return isinstance(config, DeepSeekConfig) and config.kv_rank > 0
+
+
+def is_moe(config: GPT2Config) -> bool:
+    """Whether the MLPs are mixtures of experts."""
+    return isinstance(config, DeepSeekConfig) and config.E > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the extra tensors
 
 
 def extra_shapes(config: GPT2Config, s: Sparsity) -> dict[str, tuple[int, ...]]:
     """The tensors behind the model's own, in file order: the indexer's and the controllers'."""
     L, C, width, shapes = config.L, config.C, s.heads * s.width, {}
-    if s.indexer == "lightning":  # queries from MLA's query latent where there is one, as in the original
-        shapes |= dict(idxqw=(L, width, config.q_rank if is_mla(config) else C), idxkw=(L, s.width, C))
-        shapes |= dict(idxknw=(L, s.width), idxknb=(L, s.width), idxww=(L, s.heads, C))
+    if s.indexer == "lightning":
+        shapes |= {
+            "idxqw": (L, width, config.q_rank if is_mla(config) else C),  # from MLA's query latent, as in the original
+            "idxkw": (L, s.width, C),
+            "idxknw": (L, s.width),
+            "idxknb": (L, s.width),
+            "idxww": (L, s.heads, C),
+        }
     elif s.indexer == "upstream":
-        shapes |= dict(idxqw=(L, width, C), idxqb=(L, width), idxkw=(L, width, C), idxkb=(L, width), idxwb=(L, s.heads))
+        shapes |= {
+            "idxqw": (L, width, C),
+            "idxqb": (L, width),
+            "idxkw": (L, width, C),
+            "idxkb": (L, width),
+            "idxwb": (L, s.heads),
+        }
     if s.adaptive == "prefix":
-        shapes |= dict(ctlw1=(L, HIDDEN, FEATURES), ctlb1=(L, HIDDEN), ctlw2=(L, 1, HIDDEN), ctlb2=(L, 1))
-    elif s.adaptive == "upstream":  # 313,596 values a layer for C = 256: kernels/cpu/sparse/upstream_controller.py
-        shapes |= dict(controller=(L, 4 * C * C + 200 * C + 252))
+        shapes |= {"ctlw1": (L, HIDDEN, FEATURES), "ctlb1": (L, HIDDEN), "ctlw2": (L, 1, HIDDEN), "ctlb2": (L, 1)}
+    elif s.adaptive == "upstream":  # 313,596 values a layer for C = 256
+        shapes |= {"controller": (L, sum(map(prod, upstream_controller_shapes(C).values())))}
     return shapes
+
+
+def extra_init(file: Model, s: Sparsity, path: str, seed: int) -> np.ndarray:
+    """Values of the extra tensors, flat float32: those that the file `path` has are its own, all others are drawn.
+
+    Raises UserError for a file with a field out of range or a wrong number of extras.
+    """
+    config, generator = file.config, normals(seed)
+    shapes = extra_shapes(config, s)
+    flat = np.zeros(sum(map(prod, shapes.values())), np.float32)
+    views = named_views(flat, shapes)
+    for name, values in views.items():
+        if name in ("idxqw", "idxkw"):
+            values[...] = generator.standard_normal(values.shape) * 0.02
+        elif name == "idxww":
+            values[...] = generator.standard_normal(values.shape) * config.C**-0.5
+        elif name == "idxwb":  # as published
+            values[...] = abs(generator.standard_normal(values.shape)) * 0.1
+        elif name == "idxknw":
+            values[...] = 1
+        elif name == "controller":
+            for layer in values:
+                layer[...] = upstream_controller_init(config.C, generator)
+    if s.adaptive == "prefix":
+        for l in range(config.L):
+            drawn = named_views(keep_controller_init(generator), {name: shapes[name][1:] for name in CONTROLLER})
+            for name in CONTROLLER:
+                views[name][l] = drawn[name]
+    for name, values in named_views(file.extra, extra_shapes(config, read_sparsity(file, path))).items():
+        if name in views:
+            views[name][...] = values
+    return flat
 
 
 def read_sparsity(file: Model, name: str) -> Sparsity:
@@ -129,6 +209,23 @@ def read_sparsity(file: Model, name: str) -> Sparsity:
     if file.extra.size != expected:
         raise UserError(f"{name}: {file.extra.size} extra values, its indexer and controller have {expected}", HINT)
     return s
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the options
+
+HOW_MANY = {"top_k", "keep_ratio", "layer_keep"}
+SAVED = {  # flag: field of Sparsity
+    "attention": "attention",
+    "selector": "selector",
+    "force_self": "force_self",
+    "sink": "sink",
+    "adaptive": "adaptive",
+    "legacy_leak": "leak",
+    "coverage": "coverage",
+}
+OF_INDEXER = {"indexer": "indexer", "indexer_heads": "heads", "indexer_dim": "width", "indexer_rope": "rotated"}
+CHOICES = HOW_MANY | set(SAVED) | set(OF_INDEXER)
 
 
 def layer_ratios(text: str, layers: int) -> tuple[float, ...]:
@@ -148,24 +245,6 @@ def layer_ratios(text: str, layers: int) -> tuple[float, ...]:
     return tuple(shares[0 if layer < third else 2 if layer >= layers - third else 1] for layer in range(layers))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the options
-
-HOW_MANY = {"top_k", "keep_ratio", "layer_keep"}
-SAVED = {"attention": "attention", "selector": "selector", "force_self": "force_self", "sink": "sink"}
-SAVED |= {"adaptive": "adaptive", "legacy_leak": "leak", "coverage": "coverage"}  # flag: field of Sparsity
-OF_INDEXER = {"indexer": "indexer", "indexer_heads": "heads", "indexer_dim": "width", "indexer_rope": "rotated"}
-CHOICES = HOW_MANY | set(SAVED) | set(OF_INDEXER)
-
-
-def ids(text: str) -> str:
-    """FIRST:END, two token ids."""
-    first, colon, end = text.partition(":")
-    if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end) < 1 << 24):
-        raise ArgumentTypeError(f"{text!r}, expected FIRST:END, two token ids")
-    return text
-
-
 def share(text: str) -> float:
     """A number above 0, at most 1."""
     if not (value := fraction(text)):
@@ -174,62 +253,88 @@ def share(text: str) -> float:
 
 
 def coverage(text: str) -> float:
-    """The same, rounded to float32: as the header has it, so that a resumed run goes on with the same number."""
+    """A share as the header keeps it, rounded to float32: a resumed run goes on with the same number."""
     (value,) = struct.unpack("<f", struct.pack("<f", share(text)))
     if not value:
         raise ArgumentTypeError(f"{text!r}, expected a number above 0, at most 1")
     return value
 
 
+def add_sparsity_options(parser: ArgumentParser) -> None:
+    """Add the options about attention, the indexer and DeepSeek-style models to `parser`."""
+    add = parser.add_argument_group("attention (defaults: the -e file's, if it is sparse)").add_argument
+    add("--attention", choices=ATTENTION, default="sparse", help="dense: all keys, as GPT-2")
+    add("--selector", choices=SELECTORS, default="indexer", help="what chooses the keys: " + ", ".join(SELECTORS))
+    add("--top-k", type=positive_int, help="keys of a query, at most (default: --keep-ratio's)")
+    add("--keep-ratio", type=share, help="the same in parts of -t (default: 0.125; with top-p and --adaptive: 1)")
+    add("--layer-keep", metavar="R,R,...", help="--keep-ratio of each layer, or of early, middle and late layers")
+    add("--force-self", type=flag01, default=True, help="1: a query always keeps its own key")
+    add("--sink", type=flag01, default=False, help="1: and the first one")
+    add("--adaptive", choices=ADAPTIVE, default="none", help="k by query (prefix) or, acausal, sequence (upstream)")
+    add("--coverage", type=coverage, default="0.95", help="share of attention that top-p keeps, prefix learns to keep")
+    add("--legacy-leak", type=flag01, default=False, help="1: k keys for the first queries, too, so future ones")
+    add = parser.add_argument_group("indexer (sizes: of the -e file, if it has one)").add_argument
+    add("--indexer", choices=INDEXERS[1:], default="lightning", help="upstream: a key per head, constant head weights")
+    add("--indexer-heads", type=positive_int, default=4, help="heads of the indexer")
+    add("--indexer-dim", type=positive_int, default=64, help="width of a head of the indexer")
+    add("--indexer-rope", type=natural, help="rotated dims of the indexer (default: the model's, 0 for GPT-2)")
+    warmup = "first steps, in which attention is dense and it learns alone"
+    add("--indexer-warmup", type=natural, default=0, help=warmup)
+    add("--indexer-lr", type=positive_float, default=5e-3, help="its learning rate in the warm-up")
+    add("--indexer-lr-sparse", type=positive_float, default=2e-3, help="and after it")
+    add("--train-indexer", type=flag01, default=True, help="0: leave it as it is")
+    add = parser.add_argument_group("DeepSeek-style models").add_argument
+    add("--mla", type=flag01, default=None, help="1: the -e file must have latent attention, 0: must not")
+    add("--experts", type=natural, help="experts that the -e file must have, 0: none")
+    add("--top-experts", type=positive_int, help="experts that a token of the -e file must take")
+    add("--balance", type=natural_float, default=0.01, help="weight of the experts' load-balance loss")
+
+
 def check_architecture(args: Namespace, config: GPT2Config):
-    """--mla, --experts and --top-experts name what the file must be: they cannot make another model of it."""
+    """--mla, --experts and --top-experts name what the file must be: they cannot make another model of it.
+
+    Raises UserError, exit code 2, for another one.
+    """
+    moe = is_moe(config)
     found = {
-        "mla": is_mla(config),
-        "experts": getattr(config, "E", 0),
-        "top_experts": getattr(config, "top", 0),
+        "mla": (args.mla, is_mla(config)),
+        "experts": (args.experts, config.E if moe else 0),
+        "top_experts": (args.top_experts, config.top if moe else 0),
     }
-    for name, value in found.items():
-        wanted = getattr(args, name)
-        if wanted is not None and wanted != value:
-            kind = "a DeepSeek-style model" if isinstance(config, DeepSeekConfig) else "a plain GPT-2"
-            flag = f"--{name.replace('_', '-')} {int(wanted)}"
-            hint = "python data/create_model.py --preset dsa -o dsa.bin writes a model with both"
-            raise UserError(f"{flag}: {args.model} is {kind} with {name.replace('_', ' ')} {int(value)}", hint, 2)
+    kind = "a DeepSeek-style model" if isinstance(config, DeepSeekConfig) else "a plain GPT-2"
+    hint = "python data/create_model.py --preset dsa -o dsa.bin writes a model with both"
+    refuse(
+        (
+            wanted is not None and wanted != value,
+            f"{flag_of(name)} {int(wanted or 0)}: {args.model} is {kind} with {name.replace('_', ' ')} {int(value)}",
+            hint,
+        )
+        for name, (wanted, value) in found.items()
+    )
 
 
 def choose_sparsity(args: Namespace, typed: set[str], file: Model) -> Sparsity:
-    """How the model will attend: by the flags typed, then by its file, then by the flags' defaults."""
-    L, T, maxT, old = file.config.L, args.seq_len, file.config.maxT, None
-    check_trains(args.model, file, "train_sparse_attn.py")
-    if L > MAX_LAYERS:
-        raise UserError(f"{args.model}: {L} layers, the header has room for {MAX_LAYERS}", "take a smaller model")
-    if args.resume and (changed := sorted(typed & (CHOICES | {"indexer_warmup"}))):
-        hint = f"for other attention start a new run from its weights: -e {args.resume}"
-        raise UserError(f"--resume keeps the attention of the checkpoint: no {flag_of(changed[0])}", hint, 2)
-    if file.kind == SPARSE_ATTENTION:
-        old = read_sparsity(file, args.model)
-    chosen = old or Sparsity(k=(1,) * L, seed=args.seed or 1337)
-    flags = {flag: field for flag, field in SAVED.items() if old is None or flag in typed}
-    chosen = replace(chosen, **{field: getattr(args, flag) for flag, field in flags.items()})
-    if len(given := sorted(HOW_MANY & typed)) > 1:
-        raise UserError(f"{flag_of(given[0])} given with {flag_of(given[1])}", "keep one", 2)
-    adapts = chosen.selector == "top-p" or chosen.adaptive != "none"  # and did not before: then k is only its limit
-    if given or old is None or (adapts and {"selector", "adaptive"} & typed):
-        chosen = replace(chosen, k=layer_k(args, chosen, L, T, maxT))
+    """How the model will attend: by the flags typed, then by its file, then by the flags' defaults.
+
+    Raises UserError for a file that cannot be trained here, exit code 2 for flags that do not go together.
+    """
+    check_file(args, typed, file)
+    config = file.config
+    old = read_sparsity(file, args.model) if file.kind == SPARSE_ATTENTION else None
+    chosen = resolve(args, typed, SAVED, old, Sparsity(k=(1,) * config.L, seed=args.seed or 1337))
+    chosen = with_k(args, typed, chosen, old, config)
     if chosen.attention == "dense":
-        idle = {"indexer_warmup"} if args.indexer_warmup else set()
-        idle |= typed & CHOICES - {"attention"} if old is None else set()
-        if idle:
-            flag = flag_of(min(idle))
-            hint = f"--attention sparse, or leave {flag} out"
-            raise UserError(f"{flag} with --attention dense: nothing is selected", hint, 2)
+        check_dense(args, typed, old)
         if old is None:
             return chosen
     if args.indexer_warmup:
         check_warmup(args, chosen)
-    chosen = with_indexer(args, typed, chosen, old, getattr(file.config, "R", 0))
-    if wrong := conflict(chosen):
-        raise UserError(wrong, "leave one of them out", 2)
+    if old is not None and old.indexer != "none":
+        check_indexer(args, typed, old)
+    elif chosen.selector in SCORED:
+        chosen = with_indexer(args, chosen, config.R if isinstance(config, DeepSeekConfig) else 0)
+    wrong = conflict(chosen)
+    refuse([(wrong, wrong, "leave one of them out")])
     return chosen
 
 
@@ -238,70 +343,109 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_file(args: Namespace, typed: set[str], file: Model):
+    """Raise UserError for a file of another trainer, with too many layers, or resumed with other attention."""
+    check_trains(args.model, file, "train_sparse_attn.py")
+    if file.config.L > MAX_LAYERS:
+        found = f"{args.model}: {file.config.L} layers, the header has room for {MAX_LAYERS}"
+        raise UserError(found, "take a smaller model")
+    changed = sorted(typed & (CHOICES | {"indexer_warmup"}))
+    if args.resume and changed:
+        hint = f"for other attention start a new run from its weights: -e {args.resume}"
+        raise UserError(f"--resume keeps the attention of the checkpoint: no {flag_of(changed[0])}", hint, 2)
+
+
+def check_dense(args: Namespace, typed: set[str], old: Sparsity | None):
+    """Raise UserError for a flag that chooses keys where attention is dense; a sparse file may keep its own choices."""
+    idle = {"indexer_warmup"} if args.indexer_warmup else set()
+    idle |= typed & CHOICES - {"attention"} if old is None else set()
+    if idle:
+        flag = flag_of(min(idle))
+        hint = f"--attention sparse, or leave {flag} out"
+        raise UserError(f"{flag} with --attention dense: nothing is selected", hint, 2)
+
+
 def check_warmup(args: Namespace, chosen: Sparsity):
     """Raise UserError for an --indexer-warmup in which nothing would learn."""
-    if chosen.selector not in SCORED:
-        raise UserError(f"--indexer-warmup with --selector {chosen.selector}: it has no indexer", "leave one out", 2)
-    if chosen.leak or not args.train_indexer:
-        other = "--legacy-leak 1" if chosen.leak else "--train-indexer 0"
-        raise UserError(f"--indexer-warmup with {other}: the indexer would not learn", "leave one out", 2)
+    selector, nothing = f"--selector {chosen.selector}", "the indexer would not learn"
+    problems = [
+        (chosen.selector not in SCORED, f"{selector}: it has no indexer"),
+        (chosen.leak, f"--legacy-leak 1: {nothing}"),
+        (not args.train_indexer, f"--train-indexer 0: {nothing}"),
+    ]
+    refuse((holds, f"--indexer-warmup with {message}", "leave one out") for holds, message in problems)
 
 
-def layer_k(args: Namespace, chosen: Sparsity, L: int, T: int, maxT: int) -> tuple[int, ...]:
+def with_k(args: Namespace, typed: set[str], chosen: Sparsity, old: Sparsity | None, config: GPT2Config) -> Sparsity:
+    """`chosen` with the k that --top-k, --keep-ratio or --layer-keep asks for, else the file's, else the default.
+
+    A file's k gives way to the default also where k becomes the mere limit of what adapts.
+    """
+    given = sorted(HOW_MANY & typed)
+    if len(given) > 1:
+        raise UserError(f"{flag_of(given[0])} given with {flag_of(given[1])}", "keep one", 2)
+    starts_to_adapt = chosen.adapts and {"selector", "adaptive"} & typed
+    if given or old is None or starts_to_adapt:
+        return replace(chosen, k=layer_k(args, chosen, config.L, config.maxT))
+    return chosen
+
+
+def layer_k(args: Namespace, chosen: Sparsity, L: int, maxT: int) -> tuple[int, ...]:
     """k of each layer from --top-k, --keep-ratio or --layer-keep."""
     if args.top_k is not None:
         if args.top_k > maxT:
             raise UserError(f"--top-k {args.top_k}: {args.model} has {maxT} positions", f"--top-k {maxT}", 2)
         return (args.top_k,) * L
-    default = 1.0 if chosen.selector == "top-p" or chosen.adaptive != "none" else 0.125
-    ratios = (args.keep_ratio or default,) * L
+    ratios = (args.keep_ratio or (1.0 if chosen.adapts else 0.125),) * L
     if args.layer_keep is not None:
         try:
             ratios = layer_ratios(args.layer_keep, L)
         except ValueError as error:
             hint = "a share for each layer, or three: --layer-keep 1,0.5,0.75"
             raise UserError(f"--layer-keep {args.layer_keep}: {error}", hint, 2) from None
-    return tuple(max(1, int(T * ratio)) for ratio in ratios)
+    return tuple(max(1, int(args.seq_len * ratio)) for ratio in ratios)
 
 
-def with_indexer(args: Namespace, typed: set[str], chosen: Sparsity, old: Sparsity | None, R: int) -> Sparsity:
-    """`chosen` with the file's indexer, or with a new one if it needs one; R of the model's own dims are rotated."""
-    if old is not None and old.indexer != "none":
-        for flag, field in OF_INDEXER.items():
-            if flag in typed and getattr(args, flag) != getattr(old, field):
-                found = f"its indexer has {field} {getattr(old, field)}"
-                raise UserError(f"{flag_of(flag)} {getattr(args, flag)}: {args.model}, {found}", "leave it out", 2)
-    elif chosen.selector in SCORED:
-        heads, width = args.indexer_heads, args.indexer_dim
-        for flag, size, most in (("--indexer-heads", heads, MAX_HEADS), ("--indexer-dim", width, MAX_WIDTH)):
-            if size > most:
-                raise UserError(f"{flag} {size}: expected at most {most}", f"{flag} {most}", 2)
-        most = width // 2 * 2 if args.indexer == "lightning" else 0  # the other kind does not rotate
-        rotated = min(R, most) if args.indexer_rope is None else args.indexer_rope
-        if rotated % 2 or rotated > most:
-            expected = f"expected an even number up to {most} (--indexer {args.indexer}, --indexer-dim {width})"
-            raise UserError(f"--indexer-rope {rotated}: {expected}", "--indexer-rope 0", 2)
-        chosen = replace(chosen, indexer=args.indexer, heads=heads, width=width, rotated=rotated)
-    return chosen
+def check_indexer(args: Namespace, typed: set[str], old: Sparsity):
+    """Raise UserError for a flag that asks for another indexer than the file's."""
+    for flag, field in OF_INDEXER.items():
+        wanted, found = vars(args)[flag], vars(old)[field]
+        if flag in typed and wanted != found:
+            message = f"{flag_of(flag)} {wanted}: {args.model}, its indexer has {field} {found}"
+            raise UserError(message, "leave it out", 2)
+
+
+def with_indexer(args: Namespace, chosen: Sparsity, R: int) -> Sparsity:
+    """`chosen` with a new indexer, as its flags say; R: rotary dims of the model's own heads, the default of its."""
+    heads, width = args.indexer_heads, args.indexer_dim
+    most = width // 2 * 2 if args.indexer == "lightning" else 0  # the other kind does not rotate
+    rotated = min(R, most) if args.indexer_rope is None else args.indexer_rope
+    expected = f"expected an even number up to {most} (--indexer {args.indexer}, --indexer-dim {width})"
+    refuse([
+        (heads > MAX_HEADS, f"--indexer-heads {heads}: expected at most {MAX_HEADS}", f"--indexer-heads {MAX_HEADS}"),
+        (width > MAX_WIDTH, f"--indexer-dim {width}: expected at most {MAX_WIDTH}", f"--indexer-dim {MAX_WIDTH}"),
+        (rotated % 2 or rotated > most, f"--indexer-rope {rotated}: {expected}", "--indexer-rope 0"),
+    ])  # fmt: skip
+    return replace(chosen, indexer=args.indexer, heads=heads, width=width, rotated=rotated)
 
 
 def description(s: Sparsity) -> str:
-    """In a line: sparse, indexer, k = 8"""
+    """sparse, indexer, k = 8"""
     if s.attention == "dense":
         return "dense"
     adaptive = "" if s.adaptive == "none" else f", adaptive {s.adaptive}"
     return f"sparse, {s.selector}{adaptive}, k = {', '.join(map(str, s.k if len(set(s.k)) > 1 else s.k[:1]))}"
 
 
-def print_sparsity(config: GPT2Config, s: Sparsity, T: int):
-    """The rows of the table about attention."""
+def print_sparsity(s: Sparsity, T: int):
+    """The rows of the table about attention, for sequences of T tokens."""
     if s.attention == "dense":
         table.row("attention", "dense")
         return table.rule()
     ks = sorted(set(s.k))
     table.row("attention", f"sparse, selector {s.selector}")
     table.row("k of a query, at most", ", ".join(map(str, s.k if len(ks) > 1 else ks)))
-    if s.adaptive != "none" or s.selector == "top-p":
+    if s.adapts:
         table.row("k adapts", f"{s.selector if s.adaptive == 'none' else s.adaptive}, coverage {s.coverage:g}")
     for k in ks:
         nominal, pairs, full = 100 * min(k, T) / T, kept_pairs(k, T), T * (T + 1) // 2

@@ -13,6 +13,7 @@ from cuda_emulator import build
 from cuda_emulator.runtime import EmulatedRuntime
 from packaging.requirements import Requirement
 
+from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import Runtime
 from kernels.driver import NoDriver, check_driver
 
@@ -39,19 +40,19 @@ def import_cupy():
     return pytest.importorskip("cupy", reason=f"there is no CuPy for {sys.platform} and this Python")
 
 
-def open_gpu(tf32: bool = False) -> Runtime:
+def open_gpu(tf32: bool = False, folders: tuple[Path, ...] = (source.FOLDER,)) -> Runtime:
     """The GPU. Skips the test on a machine without an NVIDIA driver; with one, raises NoDevice if it cannot be used."""
     try:
         check_driver()
     except NoDriver as reason:
         pytest.skip(f"no GPU: {reason}")
-    return Runtime(tf32)
+    return Runtime(tf32, folders)
 
 
-def emulate(mode: str) -> EmulatedRuntime:
+def emulate(mode: str, folders: tuple[Path, ...] = (source.FOLDER,)) -> EmulatedRuntime:
     """The CUDA emulator in a mode. Skips the test on a system that is not Linux, raises BuildError without g++."""
     skip_off_linux()
-    return EmulatedRuntime(mode)
+    return EmulatedRuntime(mode, folders=folders)
 
 
 @cache

@@ -394,7 +394,7 @@ def fake(monkeypatch, tmp_path, driver_says):
     for name, text in PLANTED.items():
         (tmp_path / name).write_text(text)
     planted = source.kernels(tmp_path)
-    monkeypatch.setattr(runtime_module.source, "kernels", lambda: planted)
+    monkeypatch.setattr(runtime_module.source, "kernels", lambda *_: planted)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     runtime_module.open_cache.cache_clear()
     driver_says()
@@ -912,8 +912,7 @@ def test_errors_on_a_gpu(real, tmp_path, monkeypatch):
     """40 KiB of static and 16 of dynamic shared memory, and a file that is not CUDA."""
     (tmp_path / "large.cu").write_text(BAD)
     (tmp_path / "wrong.cu").write_text(BAD.replace("large", "wrong").replace("held[N", "nowhere[N"))
-    planted = source.kernels(tmp_path)
-    monkeypatch.setattr(runtime_module.source, "kernels", lambda: planted)
+    monkeypatch.setattr(real, "_kernels", source.kernels(tmp_path))
     out = real.zeros(32)
     with pytest.raises(CudaError, match=r"large_kernel<<<.*, 16384>>>\(out=float32.*CUDA_ERROR_INVALID_VALUE"):
         real.launch("large_kernel", 1, 32, (out, 0), shared_mem=16384)

@@ -40,11 +40,10 @@ def test_gradients_are_the_cpus(config, kind, warming_up, checking):
     params = reference.params_flat.astype(np.float32)
     ours = train_sparse_attn.GPT2(cuda.device(checking), CONFIGS[config], sparsity, params, 2, 9)
     for model in (reference, ours):
-        model.dense = warming_up
-        divergences, agreements, _ = model.measure(inputs)
-        model.forward(inputs, targets)
+        divergences, agreements, _ = model.measure(inputs, dense=warming_up)
+        model.forward(inputs, targets, dense=warming_up)
         loss = model.mean_loss()
-        model.backward(model=not warming_up, indexer=learns)
+        model.backward(model=not warming_up, indexer=learns, dense=warming_up)
         counts = [(each.kept, round(each.overlap, 3)) for each in agreements]
         results.append((loss, divergences, counts, model.ops.to_host(model.grads_flat)))
     (loss, divergences, counts, grads), found = results

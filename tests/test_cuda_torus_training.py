@@ -8,12 +8,13 @@ import tiny
 from cuda_emulator.runtime import EmulatedRuntime
 from test_cuda_training import on_emulator  # noqa: F401  a fixture
 from test_golden import losses
-from test_torus_model import BASE, TINY, batch, tiny_model
+from test_torus_model import BASE, TINY, batch, tiny_model, trained_grads
 
 import generate
 import train_toroidal
 from kernels import cuda
 from llmc.checkpoint import named_views
+from systems.torus import ATTENTION, Torus
 
 pytestmark = pytest.mark.launches("gpt2", "torus")
 
@@ -28,12 +29,12 @@ def checking(emulator) -> EmulatedRuntime:
 CASES = {
     "low_rank_residual": (BASE, {}),
     "low_rank, rank 3, rope int": (replace(BASE, depth=4, fusion="low_rank", rank=3, rope="int"), {}),
-    "attention, replaced": (replace(BASE, depth=4, fusion="attention", layers=(1,)), dict(learns="replaced")),
+    "attention, replaced": (replace(BASE, depth=4, fusion="attention", layers=(1,)), dict(learns=(1,))),
     "mean, rope upstream, recompute": (replace(BASE, fusion="mean", rope="upstream"), dict(recompute=True)),
     "identity, D 1, fixed lambda": (replace(BASE, depth=1, fusion="identity", learn_lambda=False, layers=(0,)), {}),
     "published": (replace(BASE, mode="upstream", period=9, fusion="low_rank", rope="orth"), {}),
-    "window, D 8, replaced": (replace(BASE, depth=8, window=1, wrap_depth=True), dict(learns="replaced")),
-    "control, replaced": (replace(BASE, layers=(0,)), dict(learns="replaced", control=True)),
+    "window, D 8, replaced": (replace(BASE, depth=8, window=1, wrap_depth=True), dict(learns=(0, 1))),
+    "control": (Torus(), dict(learns=(0,))),
 }
 
 
@@ -44,18 +45,18 @@ def test_gradients_are_the_cpus(case, checking):
     (inputs, targets), results = batch(2, 9), []
     reference = tiny_model(torus, 2, 9, **options)
     params = reference.params_flat.astype(np.float32)
-    ours = train_toroidal.GPT2(cuda.device(checking), TINY, torus, params, 2, 9, **{"learns": "all"} | options)
+    ours = train_toroidal.GPT2(cuda.device(checking), TINY, torus, params, 2, 9, **options)
     for model in (reference, ours):
         for micro_step in range(2):
             model.forward(inputs[:, ::-1].copy() if micro_step else inputs, targets, grad_accum=2)
             loss = model.mean_loss()
             model.backward(first=micro_step == 0)
-        results.append((loss, named_views(model.ops.to_host(model.grads_flat), model.trained)))
+        results.append((loss, trained_grads(model)))
     (loss, wanted), (found_loss, found) = results
     wanted = {name: grad for name, grad in wanted.items() if grad.any()}
     errors = {name: np.abs(found[name] - grad).max() / np.abs(grad).max() for name, grad in wanted.items()}
     print(f"{case}: loss {abs(found_loss - loss):.1e}, gradients {max(errors.values()):.1e}")
-    learnt = {"qkvw", "attprojb"} | ({"lams"} if torus.learn_lambda and "control" not in case else set())
+    learnt = {"qkvw", "attprojb"} | ({"lams"} if torus.learn_lambda else set())
     assert learnt <= errors.keys() and abs(found_loss - loss) <= TOL * loss
     assert max(errors.values()) <= TOL, errors
 
@@ -63,14 +64,14 @@ def test_gradients_are_the_cpus(case, checking):
 def test_what_does_not_learn_keeps_every_bit(checking):
     torus, (inputs, targets) = replace(BASE, layers=(1,), depth=4, fusion="low_rank"), batch(2, 9)
     model = tiny_model(torus, 2, 9, np.float32)
-    ours = train_toroidal.GPT2(cuda.device(checking), TINY, torus, model.params_flat, 2, 9, "replaced")
+    ours = train_toroidal.GPT2(cuda.device(checking), TINY, torus, model.params_flat, 2, 9, (1,))
     ours.forward(inputs, targets)
     ours.backward()
     ours.update(1, 1e-2, weight_decay=0.1, grad_clip=0.5)
     before, after = (named_views(flat, ours.shapes) for flat in (model.params_flat, ours.ops.to_host(ours.params_flat)))
     for name, tensor in before.items():
         changed = [(after[name][l] != tensor[l]).any() for l in range(len(tensor))]
-        learns = {*train_toroidal.ATTENTION, "lams", "lamd", "fuse1", "fuse2"}
+        learns = {*ATTENTION, "lams", "lamd", "fuse1", "fuse2"}
         assert changed[-1:] == [name in learns] and not any(changed[:-1]), name
 
 

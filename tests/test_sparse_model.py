@@ -11,10 +11,10 @@ import pytest
 import train_banded
 import train_sparse_attn
 from kernels import cpu
+from kernels.cpu.sparse.upstream_controller import upstream_controller_init
 from llmc.checkpoint import DeepSeekConfig, GPT2Config, Model, num_parameters
 from llmc.init import gpt2_init
-from systems.sparsity import Sparsity, extra_shapes, read_fields
-from train_sparse_attn import extra_init
+from systems.sparsity import Sparsity, extra_init, extra_shapes, is_moe, read_fields
 
 GPT2 = GPT2Config(maxT=12, V=11, L=2, NH=2, C=8, Vp=16)
 PUBLISHED = DeepSeekConfig(maxT=12, V=11, L=2, NH=2, C=8, Vp=16, F=12, E=3, top=2, q_rank=5, kv_rank=6, R=2)
@@ -40,13 +40,13 @@ def zeros(shape, dtype=np.float64):
 IN_FLOAT64 = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | {"zeros": zeros})
 
 
-def tiny_model(config, sparsity, B, T, dtype=np.float64, seed=1) -> train_sparse_attn.GPT2:
+def tiny_model(config, sparsity, B, T, dtype=np.float64, seed=1, balance=0.01) -> train_sparse_attn.GPT2:
     """A model with every parameter random, so that attention and scores are far from uniform."""
     generator = np.random.default_rng(seed)
     size = num_parameters(config) + sum(map(math.prod, extra_shapes(config, sparsity).values()))
     params = (generator.standard_normal(size) * 0.4).astype(dtype)
     device = IN_FLOAT64 if dtype == np.float64 else cpu
-    return train_sparse_attn.GPT2(device, config, sparsity, params, B, T)
+    return train_sparse_attn.GPT2(device, config, sparsity, params, B, T, balance)
 
 
 def batch(config, B, T, seed=2):
@@ -68,22 +68,24 @@ def relative_error(model, name: str, loss, samples: int = 40, step: float = 1e-5
     return worst / np.abs(grad).max()
 
 
+def balance_loss(probs, load) -> float:
+    """E sum_e f_e P_e of Fedus et al. (2021): probs (N,E), load (E)."""
+    return probs.shape[1] * (load / load.sum()) @ probs.mean(axis=0)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("kind", ["dense", "top-k", "top-p", "prefix", "oracle", "upstream indexer"])
 def test_every_gradient_of_the_language_loss(config, kind):
     """Each tensor of the model against central differences in float64, 1e-6; none of it reaches the indexer."""
     sparsity = replace(SPARSE["top-k"], attention="dense") if kind == "dense" else SPARSE[kind]
-    model, (inputs, targets) = tiny_model(CONFIGS[config], sparsity, 2, 9), batch(GPT2, 2, 9)
-    model.balance = 0.3
+    model, (inputs, targets) = tiny_model(CONFIGS[config], sparsity, 2, 9, balance=0.3), batch(GPT2, 2, 9)
 
     def loss():
         model.forward(inputs, targets)
         total = model.mean_loss()
-        if model.moe:
-            out = np.zeros(1)
-            for v in model.layers:
-                cpu.balance_loss(out, v.probs, v.load)
-                total += model.balance * out[0]
+        if is_moe(model.config):
+            for a in model.layers:
+                total += 0.3 * len(a.load) * a.probs.mean(axis=0) @ a.load / a.load.sum()
         return total
 
     loss()
@@ -103,20 +105,19 @@ def test_every_gradient_of_the_indexer(config, kind, warming_up):
     """The KL of both stages, and in the warm-up the controller's loss, at each tensor; none of it reaches the model."""
     sparsity = SPARSE[kind]
     model, (inputs, targets) = tiny_model(CONFIGS[config], sparsity, 2, 9), batch(GPT2, 2, 9)
-    model.dense = warming_up
 
     def loss(controller=False):
-        model.forward(inputs, targets)
+        model.forward(inputs, targets, dense=warming_up)
         total = 0.0
-        for l, v in enumerate(model.layers):
+        for l, a in enumerate(model.layers):
             if warming_up:
-                model._index(l, v, 0)
-            model._divergence(l, v, controller, 1.0)
-            total += (model.dacts.ctl_losses if controller else v.kl).mean()
+                model.indexer.forward(l, a)
+            model.divergence(l, warming_up, controller, 1.0)
+            total += (model.dacts.ctl_losses if controller else a.kl).mean()
         return total
 
-    model.forward(inputs, targets)
-    model.backward(model=False, indexer=True)
+    model.forward(inputs, targets, dense=warming_up)
+    model.backward(model=False, indexer=True, dense=warming_up)
     grads = model.grads_flat.copy()
     names = [name for name in model.extra if name.startswith("idx")]
     errors = {name: relative_error(model, name, loss) for name in names}
@@ -144,16 +145,15 @@ def test_both_gradients_in_one_step_are_the_two_apart():
 def test_accumulated_gradients_equal_one_batch():
     inputs, targets = batch(GPT2, 4, 9)
     for warming_up in (False, True):
-        whole, halves = (tiny_model(PUBLISHED, SPARSE["prefix"], B, 9) for B in (4, 2))
-        whole.dense = halves.dense = warming_up
-        whole.balance = halves.balance = 0.0  # the balance of halves is not that of the whole
-        whole.forward(inputs, targets)
-        whole.backward(model=not warming_up, indexer=True)
+        # no balance loss: that of halves is not that of the whole
+        whole, halves = (tiny_model(PUBLISHED, SPARSE["prefix"], B, 9, balance=0.0) for B in (4, 2))
+        whole.forward(inputs, targets, dense=warming_up)
+        whole.backward(model=not warming_up, indexer=True, dense=warming_up)
         for _ in range(2):
             for micro_step in range(2):
                 rows = slice(2 * micro_step, 2 * micro_step + 2)
-                halves.forward(inputs[rows], targets[rows], grad_accum=2)
-                halves.backward(micro_step == 0, model=not warming_up, indexer=True)
+                halves.forward(inputs[rows], targets[rows], grad_accum=2, dense=warming_up)
+                halves.backward(micro_step == 0, not warming_up, True, dense=warming_up, grad_accum=2)
         own = slice(whole.own, None) if warming_up else slice(None)
         assert np.abs(halves.grads_flat[own] - whole.grads_flat[own]).max() < 1e-13
 
@@ -234,7 +234,7 @@ def test_the_published_leak_is_there_and_can_be_counted():
 def test_adaptive_upstream_takes_one_k_for_a_sequence():
     sparsity = Sparsity((12, 12), adaptive="upstream", **INDEXER)
     model, (inputs, _) = tiny_model(GPT2, sparsity, 2, 12), batch(GPT2, 2, 12)
-    model.params.controller[...] = cpu.upstream_controller_init(8, np.random.default_rng(1))
+    model.params.controller[...] = upstream_controller_init(8, np.random.default_rng(1))
     model.forward(inputs)
     assert all((v.keep == v.keep[:, :1]).all() for v in model.layers)
     assert all((v.count == np.minimum(v.keep, np.arange(1, 13))).all() for v in model.layers)
@@ -249,7 +249,7 @@ def test_published_k_at_initialisation(T, k):
     config = replace(PUBLISHED, maxT=256, V=1000, Vp=1000, L=4, NH=8, C=256, F=32, E=4, q_rank=64, kv_rank=64, R=16)
     sparsity, found = Sparsity((256,) * 4, adaptive="upstream", **INDEXER), []
     for seed in range(1, 6):
-        extra = extra_init(cpu, Model(config, np.zeros(0, np.float32)), sparsity, "", seed)
+        extra = extra_init(Model(config, np.zeros(0, np.float32)), sparsity, "", seed)
         params = np.concatenate([gpt2_init(config, seed), extra])
         model = train_sparse_attn.GPT2(cpu, config, sparsity, params, 1, T)
         model.forward(batch(config, 1, T, seed)[0])
@@ -307,17 +307,15 @@ def test_warmup_lowers_the_divergence_and_finds_the_keys():
     config = GPT2Config(maxT=64, V=32, L=2, NH=2, C=32, Vp=32)
     sparsity = Sparsity((8, 8), indexer="lightning", heads=4, width=16)
     params = np.concatenate(
-        [gpt2_init(config, 1) * 8, extra_init(cpu, Model(config, np.zeros(0, np.float32)), sparsity, "", 1)]
+        [gpt2_init(config, 1) * 8, extra_init(Model(config, np.zeros(0, np.float32)), sparsity, "", 1)]
     )
     model, (inputs, targets) = train_sparse_attn.GPT2(cpu, config, sparsity, params.copy(), 4, 64), batch(config, 4, 64)
-    model.dense = True
-    model.forward(inputs, targets)
-    before = model.measure(inputs)
+    before = model.measure(inputs, dense=True)
     for t in range(1, 81):
-        model.forward(inputs, targets)
-        model.backward(model=False, indexer=True)
-        model.update(0, 1e-3, t, 5e-3)
-    after = model.measure(inputs)
+        model.forward(inputs, targets, dense=True)
+        model.backward(model=False, indexer=True, dense=True)
+        model.update(0, 1e-3, t, 5e-3, dense=True)
+    after = model.measure(inputs, dense=True)
     for l in range(2):
         print(
             f"KL {before[0][l]:.3f} -> {after[0][l]:.3f}, recall {before[1][l].recall:.3f} -> {after[1][l].recall:.3f}"
@@ -336,9 +334,7 @@ def test_header_fields_round_trip():
 def test_steps_after_the_first_allocate_nothing_of_activation_size():
     config = GPT2Config(maxT=64, V=5000, L=2, NH=4, C=128, Vp=5120)
     sparsity = Sparsity((8, 8), indexer="lightning", heads=2, width=16)
-    params = np.concatenate(
-        [gpt2_init(config, 1), extra_init(cpu, Model(config, np.zeros(0, np.float32)), sparsity, "", 1)]
-    )
+    params = np.concatenate([gpt2_init(config, 1), extra_init(Model(config, np.zeros(0, np.float32)), sparsity, "", 1)])
     model = train_sparse_attn.GPT2(cpu, config, sparsity, params, 4, 64)
     inputs, targets = batch(config, 4, 64)
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 120
 MODULES = ("llmc.diff", "kernels.cuda.runtime.compile", "kernels.cuda.runtime.roofline")  # python -m
-FOLDERS = (".", "benchmarks", "data", "experiments", "tests")
+FOLDERS = (".", "benchmarks", "data", "dev", "experiments", "tests")
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
     for folder in FOLDERS

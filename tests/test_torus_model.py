@@ -15,7 +15,7 @@ from kernels import cpu
 from llmc.checkpoint import TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.errors import UserError
 from llmc.init import gpt2_init
-from systems.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
+from systems.torus import ATTENTION, FUSIONS, MODES, ROPES, Torus, extra_init, extra_shapes, parse_layers, read_torus
 
 TINY = GPT2Config(maxT=12, V=11, L=2, NH=2, C=32, Vp=16)
 BASE = Torus(layers=(0, 1), depth=2, period=5, learn_lambda=True)
@@ -30,10 +30,13 @@ def tiny_model(torus, B, T, dtype=np.float64, seed=1, config=TINY, **options) ->
     views = named_views(params[own:], extra)
     for name in {"lams", "lamd"} & extra.keys():
         views[name][...] = abs(views[name]) if torus.lam else 0
-    if options.get("control"):
-        params = params[:own]
     device = IN_FLOAT64 if dtype == np.float64 else cpu
     return train_toroidal.GPT2(device, config, torus, params.astype(dtype), B, T, **options)
+
+
+def trained_grads(model) -> dict[str, np.ndarray]:
+    """The gradients of what learns, by name, a tensor of GPT-2 over the layers that do."""
+    return named_views(model.ops.to_host(model.grads_flat), model.trained)
 
 
 def batch(B, T, seed=2, V=TINY.V):
@@ -64,7 +67,7 @@ def test_every_gradient(torus, recompute):
     model.backward()
     samples = 8 if recompute else 20
     steps = dict.fromkeys(model.trained, 1e-5) | dict.fromkeys(("lams", "lamd"), 1e-4)  # lambda's gradients are small
-    learn = [name for name in model.trained if getattr(model.grads, name).any()]
+    learn = [name for name, grad in trained_grads(model).items() if grad.any()]
     errors = {name: relative_error(model, name, loss, samples, steps[name]) for name in learn}
     print(", ".join(f"d{name} {error:.1e}" for name, error in errors.items()))
     assert {"qkvw", "qkvb", "attprojw", "attprojb", "wte", "lams"} <= errors.keys()
@@ -109,16 +112,16 @@ def test_recompute_saves_the_memory_that_it_says():
     assert expected > 0.5 * predicted[0] and abs(saved - expected) < 0.02 * expected
 
 
-@pytest.mark.parametrize("learns", ["all", "replaced"])
+@pytest.mark.parametrize("learns", [None, (0, 1)])
 @pytest.mark.parametrize("fusion", ["identity", "low_rank", "low_rank_residual", "mean"])
 def test_depth_one_without_lambda_is_gpt2(learns, fusion):
     """Bit for bit: logits, loss, and the weights after an update, beside the control arm and the other trainer."""
     torus, (inputs, targets) = replace(BASE, **IDENTITY | dict(fusion=fusion), learn_lambda=False), batch(2, 9)
     params = gpt2_init(TINY, 1)
-    extra = train_toroidal.extra_init(cpu, train_toroidal.Model(TINY, params), torus, 1)
+    extra = extra_init(Model(TINY, params), torus, 1)
     models = [train_toroidal.GPT2(cpu, TINY, torus, np.concatenate([params, extra]), 2, 9, learns)]
-    models.append(train_toroidal.GPT2(cpu, TINY, torus, params.copy(), 2, 9, learns, control=True))
-    if learns == "all":
+    models.append(train_toroidal.GPT2(cpu, TINY, Torus(), params.copy(), 2, 9, learns))
+    if learns is None:
         models.append(train_banded.GPT2(cpu, TINY, params.copy(), 2, 9))
     found = []
     for model in models:
@@ -177,21 +180,21 @@ def test_upstream_mode_sees_the_future_and_its_ring_is_the_text():
 def test_replaced_layers_learn_alone(layers):
     """Frozen parameters keep every bit; gradients of what learns are those of --train all; below is not run."""
     torus, (inputs, targets) = replace(BASE, layers=layers, fusion="attention"), batch(2, 9)
-    some, everything = (tiny_model(torus, 2, 9, np.float32, learns=learns) for learns in ("replaced", "all"))
+    some, everything = (tiny_model(torus, 2, 9, np.float32, learns=learns) for learns in (layers, None))
     start = some.params_flat.copy()
     for model in (some, everything):
         model.forward(inputs, targets)
         model.backward()
-    for name in some.trained:
-        ours, theirs = getattr(some.grads, name), getattr(everything.grads, name)
-        theirs = theirs if name in some.extra else theirs[list(layers)]
+    extra, whole = extra_shapes(TINY, torus), trained_grads(everything)
+    for name, ours in trained_grads(some).items():
+        theirs = whole[name] if name in extra else whole[name][list(layers)]
         assert ours.tobytes() == theirs.tobytes(), name
     some.update(1, 1e-2, weight_decay=0.1)
     after, before = named_views(some.params_flat, some.shapes), named_views(start, some.shapes)
     for name, tensor in after.items():
         for l in range(len(tensor) if name in tensor_shapes(TINY) and tensor.ndim > 1 else 1):
             changed = (tensor[l] != before[name][l]).any()
-            learns = name in some.extra or (name in train_toroidal.ATTENTION and l in layers)
+            learns = name in extra or (name in ATTENTION and l in layers)
             assert changed == learns, (name, l)
     assert some.num_trained == len(layers) * (4 * (32 * 32 + 32) + 2 * 2 * 2 + 2 * 2)
 
@@ -199,7 +202,7 @@ def test_replaced_layers_learn_alone(layers):
 def test_moments_of_a_part_survive_a_file():
     """m and v are stored for all parameters, 0 for those that do not learn, and come back."""
     torus, (inputs, targets) = replace(BASE, layers=(1,)), batch(2, 9)
-    models = [tiny_model(torus, 2, 9, np.float32, learns="replaced") for _ in range(2)]
+    models = [tiny_model(torus, 2, 9, np.float32, learns=(1,)) for _ in range(2)]
     models[0].forward(inputs, targets)
     models[0].backward()
     models[0].update(1, 1e-2)
@@ -218,7 +221,7 @@ def test_parameter_counts(fusion, D, more):
     """GPT-2 124M: 2,362,368 in a layer's attention; low_rank +2Dr, attention +2 D D, mean +0."""
     torus = Torus((0,), depth=D, fusion=fusion, rank=max(1, D // 4))
     config = GPT2Config()
-    attention = sum(math.prod(tensor_shapes(config)[name][1:]) for name in train_toroidal.ATTENTION)
+    attention = sum(math.prod(tensor_shapes(config)[name][1:]) for name in ATTENTION)
     extra = {name: shape for name, shape in extra_shapes(config, torus).items() if name.startswith("fuse")}
     assert (attention, sum(map(math.prod, extra.values()))) == (2_362_368, more)
 
@@ -286,7 +289,7 @@ def test_text_comes_from_the_weights_at_hand(fusion, mode):
     """After an update extend gives to the bit what a new model with these weights gives."""
     torus, tokens = Torus((0, 1), mode, 4, 8, fusion=fusion, rank=2), np.arange(16, dtype=np.int32).reshape(2, 8)
     file = Model(tiny.CONFIG, gpt2_init(tiny.CONFIG, 1))
-    params = np.concatenate([file.params * 5, train_toroidal.extra_init(cpu, file, torus, 2)])
+    params = np.concatenate([file.params * 5, extra_init(file, torus, 2)])
     model = train_toroidal.GPT2(cpu, tiny.CONFIG, torus, params, 2, 8)
     before = model.extend(tokens[0], 0).tobytes()
     model.forward(tokens, tokens)

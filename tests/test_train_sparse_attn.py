@@ -40,8 +40,7 @@ from llmc.dataloader import write_tokens
 from llmc.errors import UserError
 from llmc.init import gpt2_init
 from llmc.resume import load_checkpoint
-from systems.sparsity import Sparsity, description, extra_shapes, read_sparsity
-from train_sparse_attn import extra_init
+from systems.sparsity import Sparsity, description, extra_init, extra_shapes, read_sparsity
 
 PARAMETERS = num_parameters(CONFIG)
 SMALL = "--indexer-heads 2 --indexer-dim 4"  # an indexer as tiny as the model
@@ -83,7 +82,7 @@ def saved(path="c.bin"):
 
 def extras(sparsity: Sparsity, config=CONFIG, seed=1337) -> np.ndarray:
     """What a run from a plain file draws for the tensors behind the model's."""
-    return extra_init(cpu, Model(config, np.zeros(0, np.float32)), sparsity, "", seed)
+    return extra_init(Model(config, np.zeros(0, np.float32)), sparsity, "", seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -734,17 +733,15 @@ def loss_on_random_tokens(config: GPT2Config, sparsity: Sparsity, steps: int = 3
     model = train_sparse_attn.GPT2(cpu, config, sparsity, params, B, T)
     learns = sparsity.indexer != "none" and not sparsity.leak
 
-    def forward():
+    def forward(draw=0):
         tokens = generator.integers(0, config.V, (B, T + 1), dtype=np.int32)
-        model.forward(tokens[:, :-1].copy(), tokens[:, 1:].copy())
+        model.forward(tokens[:, :-1].copy(), tokens[:, 1:].copy(), draw=draw)
         return model.mean_loss()
 
     for step in range(1, steps + 1):
-        model.draw = step
-        forward()
+        forward(step)
         model.backward(indexer=learns)
         model.update(step, 1e-2 * min(1, step / 20), step * learns, 2e-3, beta2=0.99)
-    model.draw = 0
     return float(np.mean([forward() for _ in range(20)]))
 
 

@@ -1,5 +1,6 @@
 """train_toroidal.py as its users meet it: GPT-2 as a special case, files, resumed runs, what learns, and errors."""
 
+import json
 import os
 import re
 import shlex
@@ -38,8 +39,9 @@ from llmc.checkpoint import (
 from llmc.dataloader import write_tokens
 from llmc.errors import UserError
 from llmc.init import gpt2_init
-from llmc.resume import load_checkpoint
-from systems.torus import FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
+from llmc.resume import load_checkpoint, state_path
+from llmc.state import write_state
+from systems.torus import ATTENTION, FUSIONS, MODES, ROPES, Torus, extra_shapes, parse_layers, read_torus
 
 PARAMETERS = num_parameters(CONFIG)
 FIELD = 132  # header int of the first field
@@ -211,7 +213,7 @@ def test_frozen_parameters_keep_every_bit(train, folder, layers, control):
     before, after, m, v = tiny.views(read_model("model.bin")), *(by_name(model, f) for f in (None, state.m, state.v))
     for name, tensor in before.items():
         for l in range(3 if tensor.ndim > 1 and name not in ("wte", "wpe") else 1):
-            learns = name in train_toroidal.ATTENTION and l in replaced
+            learns = name in ATTENTION and l in replaced
             assert (after[name][l] != tensor[l]).any() == learns, (name, l)
             assert m[name][l].any() == v[name][l].any() == learns, (name, l)
     extra = after.keys() - before.keys()
@@ -247,7 +249,7 @@ def test_random_attention_is_drawn_for_the_replaced_layers_alone(train):
     drawn, before = (named_views(flat, tensor_shapes(CONFIG)) for flat in (gpt2_init(CONFIG, 3), gpt2_init(CONFIG, 1)))
     for name, tensor in files[0].items():
         for l, values in enumerate(tensor):
-            source = drawn if name in train_toroidal.ATTENTION and l == 1 else before
+            source = drawn if name in ATTENTION and l == 1 else before
             assert values.tobytes() == source[name][l].tobytes() == files[1][name][l].tobytes(), (name, l)
     assert files[2]["qkvw"][1].tobytes() != drawn["qkvw"][1].tobytes()
 
@@ -520,6 +522,47 @@ def test_patience_counts_validations_across_a_resumed_run(train, monkeypatch, up
         assert f"early stop after {last} steps: {patience} validations without one below {min(val[:stop]):f}" in out
 
 
+def keep_anew(change):
+    """Write c.bin's state again after change(state)."""
+    model, state = load_checkpoint("c.bin")
+    change(state)
+    write_state(state_path("c.bin", model), state)
+
+
+def test_the_best_loss_is_no_setting_but_part_of_the_state(train):
+    """As of before the validation that the resumed run repeats; read from where older files keep it, among settings."""
+    flags = "-v 2 -n 6 -l 0.01 --patience 50"
+    val = val_losses(done(train(f"{flags} -c c.bin")).out)
+    state = load_checkpoint("c.bin")[1]
+    best, worse = state.extra["best_loss"], state.extra["worse"]
+    assert best == pytest.approx(min(val[:-1]), abs=1e-6) and worse == len(val) - 2 - int(np.argmin(val[:-1]))
+    assert not {"best_loss", "worse", "extra"} & state.options.keys()
+    saved = state_path("c.bin", read_model("c.bin")).read_bytes()
+    assert json.loads(saved[saved.rindex(b'{"layers"') :])["extra"] == {"best_loss": best, "worse": worse}
+
+    def as_before(state):
+        state.options, state.extra = state.options | {"best_loss": 1e-3, "worse": 49}, {}
+
+    keep_anew(as_before)
+    assert load_checkpoint("c.bin")[1].extra == {"best_loss": 1e-3, "worse": 49}
+    out = done(train("--resume c.bin -n 12")).out
+    assert "early stop after 6 steps: 50 validations without one below 0.001000" in out
+    done(train("-n 1 -v 0 -s 0 --control 1 -c d.bin"))
+    assert load_checkpoint("d.bin")[1].extra["worse"] == 0
+
+
+@pytest.mark.parametrize("extra", [
+    {"best_loss": "low"}, {"best_loss": -1.0}, {"best_loss": float("nan")}, {"worse": -1}, {"worse": 1.5},
+    {"worse": None}, [1, 2], "best",
+])  # fmt: skip
+def test_a_state_whose_best_loss_is_none_is_refused(train, folder, extra):
+    done(train("-n 2 -c c.bin"))
+    keep_anew(lambda state: vars(state).update(extra=extra))
+    before = snapshot(folder)
+    check_refused(train("--resume c.bin -n 4"), "c", "expected")
+    assert snapshot(folder) == before
+
+
 def test_epochs_are_passes_over_the_training_data(train):
     """7 samples; what a step takes of them is rounded down over all epochs."""
     for flags, steps in (("", 7), ("--epochs 2", 14), ("--epochs 3 --grad-accum 2", 10), ("--epochs 2 -n 3", 3)):
@@ -638,7 +681,8 @@ def test_help_names_every_choice(train):
         ("--patience", ["--patience: its value is missing"]),
         ("--patience -1", ["--patience", "'-1'"]),
         ("--patience 2 -v 0", ["--patience 2 with -v 0", "-v 20"]),
-        ("--best-loss nan", ["--best-loss", "'nan'"]),
+        ("--best-loss 1", ["--best-loss: unknown flag"]),
+        ("--worse 1", ["--worse: unknown flag"]),
         ("--recompute yes", ["--recompute", "'yes'"]),
         ("-t 33", ["-t 33", "32 positions", "-t 32"]),
         ("-g 33", ["-g 33", "32 positions"]),

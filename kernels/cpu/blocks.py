@@ -16,15 +16,15 @@ from math import prod
 
 import numpy as np
 
-# of one operand in a block. measured on 2 cores with 1 MiB of L2 each and 32 MiB of shared L3: a NumPy call costs 2 us
-# and the interpreter lock changes hands at each, so 2 MiB is 1.5 (classifier) to 4 times (AdamW) as fast as 64 KiB
+# bytes of one operand in a block. measured on 2 cores with 1 MiB of L2 each and 32 MiB of shared L3: a NumPy call costs
+# 2 us and the interpreter lock changes hands at each, so 2 MiB is 1.5 (classifier) to 4 times (AdamW) as fast as 64 KiB
 BLOCK_BYTES = 1 << 21
-# of the largest operand, from which on a second thread pays: waking it takes 0.1 ms on a virtual machine
+# bytes of the largest operand from which on a second thread pays: waking it takes 0.1 ms on a virtual machine
 PARALLEL_BYTES = 1 << 23
 
 _local = threading.local()  # scratch buffers, and whether this thread is at work on a block
-_workers: list[ThreadPoolExecutor] = []  # of one thread each, so that a share always meets the same scratch buffers
-_turn = threading.Lock()  # of a thread whose blocks are taken: the workers and the threads of BLAS are there once
+_workers: list[ThreadPoolExecutor] = []  # one thread each: a share always meets the same scratch buffers
+_turn = threading.Lock()  # held by the thread whose blocks are at work: there is one set of workers and of BLAS threads
 
 
 def _forget_threads() -> None:
@@ -130,9 +130,7 @@ def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floa
             for start in starts[first::threads]:
                 work(start, min(start + block, rows))
         finally:
-            _local.inside = (
-                inside  # as it was: a worker is at work on nothing else, and outside when it is given a share
-            )
+            _local.inside = inside  # as it was: a worker is outside when it is given a share
 
     if inside or len(starts) <= 1:
         share(0)

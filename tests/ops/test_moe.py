@@ -23,14 +23,13 @@ class Layer:
         rows = len(self.source)
         self.rows, self.y = (np.full((rows, C), np.nan, dtype) for _ in range(2))
         self.hidden, self.act = (np.full((rows, F), np.nan, dtype) for _ in range(2))
-        self.out, balance = np.full((N, C), np.nan, dtype), np.full(1, np.nan, dtype)
+        self.out = np.full((N, C), np.nan, dtype)
         cpu.expert_gather(self.rows, x, self.source, top)
         cpu.expert_matmul_forward(self.hidden, self.rows, w1, self.tile_expert)
         cpu.silu_forward(self.act, self.hidden)
         cpu.expert_matmul_forward(self.y, self.act, w2, self.tile_expert)
         cpu.expert_combine_forward(self.out, self.y, self.gates, self.slot)
-        cpu.balance_loss(balance, self.probs, self.load)
-        self.balance = balance[0]
+        self.balance = E * self.probs.mean(axis=0) @ self.load / self.load.sum()  # the balance loss
 
     def backward(self, dout, balance):
         """dx, dwg, dw1, dw2 of sum(dout * out) + balance * the balance loss"""

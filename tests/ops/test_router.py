@@ -23,16 +23,6 @@ def test_router_of_large_logits_is_finite():
     assert probs.tolist() == [[1, 0, 0]] and gates.tolist() == [[1, 0]]
 
 
-def test_balance_loss_is_one_for_equal_shares_and_E_for_one_expert():
-    out = np.zeros(1, np.float32)
-    cpu.balance_loss(out, np.full((6, 4), 0.25, np.float32), np.array([3, 3, 3, 3], np.int32))
-    assert out[0] == 1
-    probs = np.zeros((6, 4), np.float32)
-    probs[:, 2] = 1
-    cpu.balance_loss(out, probs, np.array([0, 0, 6, 0], np.int32))
-    assert out[0] == 4
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # on CUDA: the emulator, and a GPU if there is one
 
@@ -48,7 +38,6 @@ def test_router(runtime, N, E, top, offset):
     for balance in (0.0, 3.0 * N):  # so large that its part counts
         args = rounded(N, top, seed=1), probs, gates, experts, load, balance
         check_twin(runtime, "router_backward", nan(N, E), *args, offset=offset)
-    check_twin(runtime, "balance_loss", nan(1), probs, load, offset=offset)
 
 
 def test_router_of_ties_and_of_what_is_no_number(runtime):

@@ -188,6 +188,14 @@ def test_few_keys_are_gathered(T, C, NH, K, gathers):
     assert chosen == gathers
 
 
+def test_gathered_values_can_be_asked_for_twice():
+    qkv = np.random.default_rng(0).standard_normal((2, 5, 12)).astype(np.float32)
+    index = np.array([[[0, 2], [1, 4]], [[3, -1], [0, 1]]], np.int32)
+    gathered = sparse_attention._Gathered(qkv, index, 1, 0, 0, 4)
+    first, again = gathered.values().copy(), gathered.values()
+    assert np.array_equal(first, again) and np.array_equal(first[1, 0], qkv[0, [1, 4], 8:])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # on CUDA: the emulator, and a GPU if there is one
 

@@ -15,17 +15,17 @@ from kernels.cpu.blocks import for_blocks, scratch
 from kernels.cpu.gpt2.column_sum import column_sum
 from kernels.cpu.gpt2.matmul import add_bias, matmul_backward, matmul_forward
 
-CHANNELS = (8, 16, 32, 64, 128)  # in a block; of the 4C hidden units four times as many
+CHANNELS = (8, 16, 32, 64, 128)  # channels in a block, with four times as many hidden units
 # measured at C = 128 to 1024, bandwidth C/4 to 2C, B*T = 256 to 4096, OpenBLAS on 2 cores with AVX-512: a product of N
 # tokens and a (rows,columns) block takes as long as if the block had 24 rows and 24 columns more, and 4 us. Blocks
 # chosen by this were 3% slower on average than the fastest ones, most of which is noise
 BORDER = 24
 CALL = 3.4e5  # multiplications that BLAS makes in these 4 us
-TOKENS = 64  # what a weight costs however few tokens meet it, as it is read and packed; measured at 1 to 16 of them
-# multiplications of a weight gradient from which on our threads take a block each: up to 20% faster than OpenBLAS's,
-# which share every block, but which are awake sooner
+TOKENS = 64  # reading and packing a weight costs as much as meeting this many tokens; measured at 1 to 16 of them
+# from this many multiplications of a weight gradient on, our threads take a block each: up to 20% faster than
+# OpenBLAS's threads, which share every block, but wake up sooner
 OWN_THREADS = 2e8
-GAIN = 0.84  # of the time of the whole weight: what blocks must promise, so that they never lose
+GAIN = 0.84  # blocks are taken if they promise this share of the whole weight's time, so that they never lose
 
 
 @lru_cache(maxsize=64)
@@ -95,7 +95,7 @@ def band_matmul_forward(out, inp, weight, bias, bandwidth):
 
 
 def band_matmul_backward(dinp, dweight, dbias, dout, inp, weight, bandwidth, beta=0):
-    """As matmul_backward; what is outside the band in dweight (OC,C) must be zero and stays so."""
+    """matmul_backward, of dweight (OC,C) the band alone: outside it dweight must be zero, and stays so."""
     OC, C = weight.shape
     channels = bandwidth and best_channels(OC, C, bandwidth, len(inp))
     if not channels:

@@ -45,7 +45,7 @@ def expert_combine_backward(dy, dgates, dout, y, gates, slot, source):
 
     def block(start, stop):
         _take_tokens(dy[start:stop], dout, source[start:stop], top)
-        dy[start:stop] *= gate_of[source[start:stop], None]  # of padding the last one's, times 0
+        dy[start:stop] *= gate_of[source[start:stop], None]  # padding takes the last gate, times 0
 
     for_blocks(tokens, N, rows_per_block(N, C), C)
     for_blocks(block, rows, rows_per_block(rows, C), C)

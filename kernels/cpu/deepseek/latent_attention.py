@@ -10,8 +10,10 @@ import numpy as np
 
 from kernels.cpu.blocks import for_blocks, scratch
 
-QUERIES = 64  # in a block at most
-FLOATS = 1 << 18  # of a block's scores, and of the latents that it takes by index, unless one query has more
+QUERIES = 64  # the most queries in a block
+FLOATS = (
+    1 << 18
+)  # the most scores of a block, and values of the latents that it takes by index; one query may have more
 
 
 def latent_attention_forward(out, qlat, latent, index, count, scale, start=0):

@@ -14,7 +14,7 @@ latent_attention between them; mla_latent fills the cache. It equals the expande
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, rows_per_block
-from kernels.cpu.sparse.rope import pairs, turns
+from kernels.cpu.rotation import pairs, turns
 
 
 def mla_qkv_forward(qkv, q, kv, kva, NH, R, start=0):

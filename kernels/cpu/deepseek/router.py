@@ -1,4 +1,4 @@
-"""The router of a mixture of experts (Shazeer et al. 2017) and its balance loss (Fedus et al. 2021).
+"""The router of a mixture of experts (Shazeer et al. 2017), and the gradient of its balance loss (Fedus et al. 2021).
 
     p = softmax over all experts of a token's logits z;   the token's experts: those of its `top` largest logits
     g = softmax over the logits of these alone: the weights of their outputs
@@ -60,9 +60,3 @@ def router_backward(dlogits, dgates, probs, gates, experts, load, balance):
         dz[np.arange(stop - start)[:, None], chosen] += dg  # a token's experts differ
 
     for_blocks(rows, N, rows_per_block(N, E), E)
-
-
-def balance_loss(out, probs, load):
-    """out (1,) = E sum_e f_e P_e from probs (N,E), load (E): to be printed; its gradient is in router_backward."""
-    N, E = probs.shape
-    out[0] = np.dot(probs.sum(axis=0), load.astype(probs.dtype)) * (E / (N * max(1, int(load.sum()))))

@@ -7,12 +7,9 @@ from math import sqrt
 
 import numpy as np
 
-from kernels.cpu.band.band_matmul import blocks_of_band
 from kernels.cpu.blocks import BLOCK_BYTES, for_blocks, scratch
 
 BLOCK = BLOCK_BYTES // 8  # values of each of six operands
-CHANNELS = 32  # in a block of a banded weight
-PAYS = 0.5  # of the weight: where blocks cover more, visiting all of it is as fast
 
 
 def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
@@ -23,28 +20,12 @@ def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, gr
     flat = [array.reshape(-1) for array in (params, grads, m, v)]
 
     def values(start, stop):
-        _update([array[start:stop] for array in flat], t, lr, beta1, beta2, eps, weight_decay, grad_scale)
+        update_views([array[start:stop] for array in flat], t, lr, beta1, beta2, eps, weight_decay, grad_scale)
 
     for_blocks(values, flat[0].size, BLOCK)
 
 
-def band_adamw_update(params, grads, m, v, bandwidth, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
-    """As adamw_update for weights (L,OC,C) that are banded: what is outside, zero in all four, is not visited."""
-    _, OC, C = params.shape
-    blocks = blocks_of_band(OC, C, bandwidth, CHANNELS)
-    if sum((r.stop - r.start) * (c.stop - c.start) for r, c in blocks) > PAYS * OC * C:
-        adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale)
-        return
-
-    def some(start, stop):
-        for rows, columns in blocks[start:stop]:
-            views = [array[:, rows, columns] for array in (params, grads, m, v)]
-            _update(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale)
-
-    for_blocks(some, len(blocks), 1, params.size // len(blocks))
-
-
-def _update(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale):
+def update_views(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale):
     """The formula on views p, g, m, v of one shape. The bias corrections are folded into lr and eps:
 
     lr m/c1 / (sqrt(v/c2) + eps) = (lr sqrt(c2)/c1) m / (sqrt(v) + eps sqrt(c2)),   c = 1 - beta^t

@@ -13,12 +13,12 @@ import numpy as np
 
 from kernels.cpu.blocks import for_blocks, num_threads, scratch
 
-QUERIES = 64  # in a block; half of its square of scores lies above the diagonal and is wasted
+QUERIES = 64  # queries in a block; half of its square of scores lies above the diagonal and is wasted
 SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
-# what a score, with its part of the products, costs in floats of elementwise work. measured: a second thread is a gain
-# of 1.2 to 1.8 from 200,000 scores on, that is 2 ms, and a loss below 160,000
+# the cost of a score, with its part of the products, in floats of elementwise work. measured: a second thread is 1.2 to
+# 1.8 times as fast from 200,000 scores on, which take 2 ms, and slower below 160,000
 SCORE_FLOATS = 12
-FUTURE = np.where(np.tri(QUERIES), np.float32(0), np.float32(-np.inf))  # added to the scores: faster than a choice
+FUTURE = np.where(np.tri(QUERIES), np.float32(0), np.float32(-np.inf))  # added to scores, which is faster than np.where
 
 
 def head_groups(B, NH, queries, T):

@@ -8,7 +8,7 @@ import numpy as np
 from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
 from kernels.cpu.gpt2.column_sum import column_sum
 
-ROWS = 256  # of dweight at a time when gradients are added up
+ROWS = 256  # rows of dweight that are added to at a time
 
 
 def matmul_forward(out, inp, weight, bias=None):

@@ -10,8 +10,8 @@ import numpy as np
 from kernels.cpu.blocks import scratch
 from kernels.cpu.sparse.score_rows import for_score_rows
 
-LOWEST = -1e30  # for -inf: times a p of 0 it is 0, and its exponential is, too
-TINIEST = 1e-37  # for a p of 0 in ln p: the product is 0 all the same
+LOWEST = -1e30  # stands for -inf: its exponential is 0, and so is its product with a p of 0
+TINIEST = 1e-37  # stands for a p of 0 in ln p: p ln p is 0 all the same
 
 
 def fused_kl(losses, scores, p, dscale, first=0):

@@ -32,7 +32,7 @@ def indexer_scores_forward(scores, q, k, w, scale, first, start=0):
     B, R, S = scores.shape
     HI = w.shape[2]
     step = _rows_of_block(HI, S)
-    blocks = -(-R // step)  # of one b
+    blocks = -(-R // step)  # blocks of one b
 
     def rows(unit, _):
         b, begin = unit // blocks, unit % blocks * step

@@ -26,7 +26,9 @@ def mass_count(keep, scores, mass, first, start=0, softmax=1):
             np.exp(x, out=x)
         x.sort(axis=1)
         np.cumsum(x, axis=1, out=x)
-        left_out = np.count_nonzero(x <= (1 - mass) * x[:, -1:], axis=1)  # with the zeros of the future
+        left_out = np.count_nonzero(
+            x <= (1 - mass) * x[:, -1:], axis=1
+        )  # keys of the future, which are zeros, among them
         keep[b, first - start + begin : first - start + stop] = np.clip(keys - left_out, 1, positions + 1)
 
     for_score_rows(rows, B, R, S, cost=16)

@@ -1,4 +1,4 @@
-"""What a controller may know of a sequence up to a token: statistics of its prefix, summed in the order of positions.
+"""Features of a sequence up to a token, for a controller: statistics of its prefix, summed in the order of positions.
 
 With x_s the normed hidden states and m_t = mean_{s<=t} x_s, all of one channel and then averaged over the C channels:
 
@@ -36,11 +36,11 @@ def prefix_features(features, state, x, maxT, start=0):
 
 
 def _block_features(features, state, x, start):
-    """The same for a block that stays in the cache; time comes first in it, so that a step of a sum is one addition."""
+    """prefix_features for a block that stays in the cache; time is its first axis: a step of a sum is one addition."""
     B, n, C = x.shape
     x = x.transpose(1, 0, 2)  # (n,B,C)
     features = features.transpose(1, 0, 2)
-    sums = scratch("prefix_features", (n + 1, B, C), x.dtype)  # behind what the state had
+    sums = scratch("prefix_features", (n + 1, B, C), x.dtype)  # row 0 is the state's, row i + 1 token i's
     values = sums[1:]
     counts = np.arange(start + 1, start + n + 1).astype(x.dtype)[:, None]  # (n,1) tokens up to each row
     before = np.maximum(counts - 1, 1)

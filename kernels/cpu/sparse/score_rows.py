@@ -16,7 +16,7 @@ def for_score_rows(work: Callable[[int, int, int], None], B: int, R: int, S: int
     cost: what a score takes, in floats of elementwise work. Blocks depend on the sizes alone.
     """
     rows = max(1, min(R, BLOCK // S))
-    blocks = -(-R // rows)  # of one b
+    blocks = -(-R // rows)  # blocks of one b
 
     def share(unit, _):
         begin = unit % blocks * rows

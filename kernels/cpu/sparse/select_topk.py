@@ -5,7 +5,7 @@ import numpy as np
 from kernels.cpu.blocks import scratch
 from kernels.cpu.sparse.score_rows import for_score_rows, future
 
-KEYS = {4: np.dtype(np.int32), 8: np.dtype(np.int64)}  # by bytes of a score
+KEYS = {4: np.dtype(np.int32), 8: np.dtype(np.int64)}  # bytes of a score: integers of its size
 
 
 def select_topk(index, count, scores, keep, first, start=0, force_self=1, sink=0, leak=0):
@@ -48,7 +48,7 @@ def _order(scores, positions, force_self, sink):
     x = scratch("select_topk_scores", scores.shape, scores.dtype)
     np.fmax(scores, -np.inf, out=x)  # NaN becomes -inf
     x += 0  # -0 becomes 0
-    order = x.view(KEYS[x.itemsize])  # of floats: right for those >= 0, backwards for the others
+    order = x.view(KEYS[x.itemsize])  # the bits of floats: in the right order for those >= 0, backwards for the others
     limits, sign = np.iinfo(order.dtype), scratch("select_topk_sign", order.shape, order.dtype)
     np.right_shift(order, limits.bits - 1, out=sign)
     sign &= limits.max
@@ -64,7 +64,7 @@ def _order(scores, positions, force_self, sink):
 def _highest(order, n, positions):
     """Where order (rows,keys) is among the n (rows) highest of its row, the last ones of equals -> bool (rows,keys)."""
     keys = order.shape[1]
-    lowest = np.iinfo(order.dtype).min + 1  # of what is not of the future
+    lowest = np.iinfo(order.dtype).min + 1  # the lowest key that a query may have; keys of the future are lower
     spare = scratch("select_topk_sorted", order.shape, order.dtype)
     chooses = n <= positions  # the others take all keys that they have
     if not chooses.any():

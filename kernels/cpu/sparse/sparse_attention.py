@@ -1,12 +1,12 @@
-"""Attention over selected keys, and attention's probabilities averaged over heads (DeepSeek-V3.2, sparse attention).
+"""Attention over selected keys, and its probabilities averaged over heads (DeepSeek-V3.2, sparse attention).
 
     s[t,j] = q_t . k_u / sqrt(hs),  u = index[t,j];   a[t,j] = exp(s[t,j] - lse[t]);   out_t = sum_j a[t,j] v_u
 
 Query t of a sequence meets the keys index[t,0..count[t]-1], the same for all heads, whatever their positions; behind
 them index is -1. Two forms give the same numbers, of which _gathers picks the faster one: the masked form meets all
 keys as dense attention does, with -inf for what is not selected; the gathered form copies the selected rows of k and v
-together, a block of queries at a time. Neither asks what the lists hold, except how far they reach; their ends are told
-by the -1, count is for the GPU.
+together, a block of queries at a time. Neither asks what the lists hold, except how far they reach. Where a list
+ends, its -1 say; the GPU reads count instead.
 """
 
 from math import sqrt
@@ -18,7 +18,6 @@ from kernels.cpu.gpt2.attention import (
     QUERIES,
     attend,
     attend_backward,
-    causal_scores,
     for_heads,
     for_queries,
     head_groups,
@@ -26,8 +25,9 @@ from kernels.cpu.gpt2.attention import (
     scaled_scores,
     split,
 )
+from kernels.cpu.sparse.attention_mean import head_sum
 
-# which form is faster, measured on 2 cores (AVX-512) for T from 256 to 4096, C from 64 to 768, heads of 64. for a key,
+# times of both forms, measured on 2 cores (AVX-512) for T from 256 to 4096, C from 64 to 768, heads of 64. for a key,
 # meeting it costs the masked backward pass HEAD_NS a head and CHANNEL_NS a channel, and the gathered one, forward and
 # backward, 19 to 34 times as much; this has KEY_NS of Python for each token on top when it goes backward
 HEAD_NS, CHANNEL_NS = 1.8, 0.05
@@ -55,28 +55,6 @@ def sparse_attention_backward(dqkv, dout, qkv, out, lse, index, count, NH):
     form(dqkv, dout, qkv, out, lse, index, NH)
 
 
-def attention_mean(p, qkv, lse, NH, first, start=0):
-    """p (B,R,S) = mean over heads of exp(q_t . k_s / sqrt(hs) - lse[t]) for s <= t, 0 for s > t, t = first + r.
-
-    qkv (B,T,3C), lse (B,NH,Tq) of attention over all s <= t, row 0 at position start; S >= first + R.
-    """
-    B, R, _ = p.shape
-    scale = 1 / sqrt(qkv.shape[2] // 3 // NH)
-
-    def queries(b, now, end):
-        q, k, _ = split(qkv[b], NH)
-        mean = p[b, now - first : end - first]
-        mean[...] = 0
-        for h in head_groups(b.stop - b.start, NH, end - now, end):
-            s = causal_scores(q[:, h, now:end], k[:, h, :end], now, scale)
-            s -= lse[b, h, now - start : end - start, None]
-            np.exp(s, out=s)
-            mean[..., :end] += _head_sum(s)
-        mean[..., :end] /= NH
-
-    for_queries(queries, B, NH, first + R, first)
-
-
 def sparse_attention_mean(p, qkv, lse, index, count, NH):
     """p (B,T,K) = mean over heads of exp(q_t . k_s / sqrt(hs) - lse[t]) for key s = index[b,t,j], 0 where that is -1.
 
@@ -95,14 +73,6 @@ def _gathers(qkv, index, NH, backward=False):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # masked
-
-
-def _head_sum(s):
-    """(B,n,t,keys) -> (B,t,keys), in scratch where n > 1"""
-    if s.shape[1] == 1:
-        return s[:, 0]
-    total = scratch("attention_head_sum", (s.shape[0], *s.shape[2:]), s.dtype)
-    return np.add.reduce(s, axis=1, out=total)
 
 
 def _mask(index, end, dtype):
@@ -176,7 +146,7 @@ def _masked_mean(p, qkv, lse, index, NH):
             s += mask[:, None]
             s -= lse[b, h, first:end, None]
             np.exp(s, out=s)
-            total += _head_sum(s)
+            total += head_sum(s)
         mean = p[b, first:end]
         rows = keys * np.arange(total.shape[0] * (end - first)).reshape(total.shape[0], -1, 1)
         np.take(total.reshape(-1), np.maximum(chosen, 0) + rows, out=mean, mode="clip")
@@ -203,9 +173,10 @@ class _Gathered:
         self.b, self.t = np.divmod(np.arange(begin, stop), Tq)
         chosen = index.reshape(B * Tq, -1)[begin:stop]
         self.padding = (chosen < 0)[:, None]  # (R,1,K)
-        self.keys = 3 * (np.maximum(chosen, 0) + T * self.b[:, None]) + 1  # (R,K); padding is key 0, with weight 0
+        tokens = np.maximum(chosen, 0) + T * self.b[:, None]  # (R,K); padding is key 0, with weight 0
+        self.value_rows = 3 * tokens + 2
         self.q = self._take("sparse_attention_q", 3 * (T * self.b + self.t + start)[:, None])  # (R,NH,1,hs)
-        self.k = self._take("sparse_attention_k", self.keys)  # (R,NH,K,hs)
+        self.k = self._take("sparse_attention_k", 3 * tokens + 1)  # (R,NH,K,hs)
 
     def _take(self, key, rows):
         taken = scratch(key, (*rows.shape, self.thirds.shape[1]), self.thirds.dtype)
@@ -214,13 +185,12 @@ class _Gathered:
 
     def values(self):
         """(R,NH,K,hs)"""
-        self.keys += 1
-        return self._take("sparse_attention_v", self.keys)
+        return self._take("sparse_attention_v", self.value_rows)
 
     def scores(self):
         """(R,NH,K), -inf in the padding"""
         hs = self.q.shape[3]
-        s = scratch("sparse_attention_scores", (len(self.b), self.NH, self.keys.shape[1]), self.q.dtype)
+        s = scratch("sparse_attention_scores", (len(self.b), self.NH, self.k.shape[2]), self.q.dtype)
         np.matmul(self.q, self.k.swapaxes(2, 3), out=s[:, :, None])
         s *= 1 / sqrt(hs)
         np.copyto(s, -np.inf, where=self.padding)
@@ -302,7 +272,7 @@ def _sequence_backward(dqkv, dout, qkv, out, lse, index, NH):
     q, weights = qkv.reshape(3 * T, C), weights.reshape(T * K, 2, NH)
     most = max(1, TAKEN // C)
 
-    # in one thread: the products are small, and two would wait for each other's interpreter lock
+    # one thread does this: the products are small, and two would wait for each other's interpreter lock
     begin = 0
     while begin < T:
         end = begin + 1  # keys whose queries are taken together: one, or as many as fit
@@ -311,7 +281,7 @@ def _sequence_backward(dqkv, dout, qkv, out, lse, index, NH):
         mine = pairs[offsets[begin] : offsets[end]]
         m = len(mine)
         w = scratch("sparse_attention_key_weights", (m, 2, NH), qkv.dtype)
-        rows = scratch("sparse_attention_key_rows", (2, m, C), qkv.dtype)  # of q and dout
+        rows = scratch("sparse_attention_key_rows", (2, m, C), qkv.dtype)  # rows of q and of dout
         np.take(weights, mine, axis=0, out=w, mode="clip")
         mine = mine // K
         np.take(dout, mine, axis=0, out=rows[1], mode="clip")

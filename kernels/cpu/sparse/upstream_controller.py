@@ -33,9 +33,9 @@ HEADS = 4
 LENGTH, PREDICTOR, POSITION = 32, 64, 16  # hidden units
 WEIGHTS = (0.4, 0.3, 0.3)  # a_l, a_c, a_e before any training, as b = 0.5
 BASE = 0.5
-LEAST, MOST = 0.1, 0.9  # of the keys
+LEAST, MOST = 0.1, 0.9  # the smallest and the largest share of keys
 TINY = 1e-8  # added before logarithms
-QUERIES = 256  # of a block of the attention
+QUERIES = 256  # queries in a block of the attention
 
 
 def upstream_controller_shapes(C: int) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ def depth_distance(offset, D, wrap_depth):
 
 
 class Geometry:
-    """What depends on positions alone, for lags i-j of T-1, T-2, .. and offsets k-l of D-1 .. 1-D.
+    """Distances and their bias: all that positions decide, for lags i-j of T-1, T-2, .. and offsets k-l of D-1 .. 1-D.
 
     bias (NH,2D-1,lags), -inf for lags that are not seen; ds (lags), dd (D,D). Rows of scores see stretches of these.
     """
@@ -165,7 +165,7 @@ def torus_attention_backward(
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH // D)
     geometry = Geometry(a_s, a_d, T, D, P, window, wrap_depth, causal)
-    sums = np.zeros((2, B, NH))  # of ds times ds(i,j) and dd(k,l), by rows of the batch: added up in a fixed order
+    sums = np.zeros((2, B, NH))  # the sums for a_s and a_d by rows of the batch, added up in a fixed order
 
     def some_heads(b, mine):
         q, k, v = (x[:, mine] for x in _split(qkv[b], NH, D))

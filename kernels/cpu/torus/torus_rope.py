@@ -13,7 +13,7 @@ from math import pi
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, rows_per_block
-from kernels.cpu.sparse.rope import BASE, pairs
+from kernels.cpu.rotation import BASE, pairs
 
 
 def torus_frequencies(kind, hd, D, P):
@@ -61,9 +61,8 @@ def torus_rope_backward(qkv, w, f, NH, D, P, start=0):
 
 def _rotate(qkv, w, f, NH, D, P, start, back):
     B, T, C3 = qkv.shape
-    positions = (
-        1 << (start + T - 1).bit_length()
-    )  # so few tables, although a decoder comes with another start each time
+    # a power of 2 keeps the tables few, although a decoder comes with another `start` each time
+    positions = 1 << (start + T - 1).bit_length()
     table = _turns(positions, D, P, w.tobytes(), f.tobytes(), w.dtype)[start : start + T]
     table = table.conj() if back else table
     turned = pairs(qkv.reshape(B, T, 3 * NH, -1)[:, :, : 2 * NH])  # (B,T,2NH,dk/2)

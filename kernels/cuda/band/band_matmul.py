@@ -4,7 +4,7 @@ from kernels.cuda.gpt2.column_sum import column_sum
 from kernels.cuda.gpt2.matmul import matmul_backward, matmul_forward
 from kernels.cuda.runtime.grid import THREADS, ceil_div
 
-ROWS, COLUMNS = 128, 64  # of a tile, BM and BN of band_matmul.cu
+ROWS, COLUMNS = 128, 64  # sides of a tile: BM and BN of band_matmul.cu
 
 
 def band_matmul_forward(cuda, out, inp, weight, bias, bandwidth):

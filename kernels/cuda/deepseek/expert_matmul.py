@@ -1,15 +1,15 @@
 """Launchers of expert_matmul.cu."""
 
-from kernels.cuda.runtime.grid import ceil_div
+from kernels.cuda.runtime.grid import TILE_THREADS, ceil_div
 
-ROWS, COLUMNS, THREADS = 64, 128, 128  # of a tile, BM and BN of expert_matmul.cu, and of a block
+ROWS, COLUMNS = 64, 128  # sides of a tile: BM and BN of expert_matmul.cu
 
 
 def expert_matmul_forward(cuda, out, inp, weight, tile_expert):
     """As kernels.cpu.deepseek.expert_matmul.expert_matmul_forward."""
     (_, OC, C), tiles = weight.shape, len(tile_expert)
     args = (out, inp, weight, tile_expert, len(inp) // tiles, C, OC)
-    cuda.launch("expert_matmul_forward_kernel", (ceil_div(OC, COLUMNS), tiles), THREADS, args)
+    cuda.launch("expert_matmul_forward_kernel", (ceil_div(OC, COLUMNS), tiles), TILE_THREADS, args)
 
 
 def expert_matmul_backward(cuda, dinp, dweight, dout, inp, weight, tile_expert, beta=0):
@@ -18,7 +18,7 @@ def expert_matmul_backward(cuda, dinp, dweight, dout, inp, weight, tile_expert, 
     tile = len(inp) // tiles
     if dinp is not None:
         args = (dinp, dout, weight, tile_expert, tile, C, OC)
-        cuda.launch("expert_matmul_dinp_kernel", (ceil_div(C, COLUMNS), tiles), THREADS, args)
+        cuda.launch("expert_matmul_dinp_kernel", (ceil_div(C, COLUMNS), tiles), TILE_THREADS, args)
     grid = ceil_div(C, COLUMNS), ceil_div(OC, ROWS), E
     args = (dweight, dout, inp, tile_expert, tiles, tile, C, OC, beta)
-    cuda.launch("expert_matmul_dweight_kernel", grid, THREADS, args)
+    cuda.launch("expert_matmul_dweight_kernel", grid, TILE_THREADS, args)

@@ -1,4 +1,4 @@
-// expert_plan.cu: which row of the experts' activations every token's work goes to (kernels/cpu/deepseek/expert_plan.py)
+// expert_plan.cu: the row of the experts' activations for each token's work (kernels/cpu/deepseek/expert_plan.py)
 //
 //   v1 one thread, in order         the reference
 //   v2 atomic counters              an expert's rows in order of arrival: other bits every run

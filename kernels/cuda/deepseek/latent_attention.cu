@@ -11,7 +11,7 @@
 
 #define LATENT_THREADS 128
 #define LATENT_WARPS (LATENT_THREADS / WARP)
-#define HEADS 8  // of a block at most; two for each warp
+#define HEADS 8  // the most heads of a block: two for each warp
 
 // row (D) -> tile (stride packs), zeros behind; by one warp
 __device__ __forceinline__ void fetch_row(Pack<4>* tile, const float* row, int D, int stride, bool packed) {
@@ -56,9 +56,9 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
     for (int h = warp; h < heads; h += LATENT_WARPS) {
         fetch_row(queries + h * stride, qlat + h * D, D, stride, packed);
     }
-    const int packs = (kv_rank + 3) / 4;  // of sums: the last may have columns of R, which are left out in the end
+    const int packs = (kv_rank + 3) / 4;  // packs of sums: the last may have columns of R, left out in the end
     Pack<4> sums[PACKS];
-    float top[HEADS / LATENT_WARPS], total[HEADS / LATENT_WARPS];  // of heads warp, warp + 4
+    float top[HEADS / LATENT_WARPS], total[HEADS / LATENT_WARPS];  // those of heads warp and warp + 4
 #pragma unroll
     for (int i = 0; i < PACKS; i++) { sums[i] = zeros<4>(); }
 #pragma unroll
@@ -114,7 +114,7 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
         }
     }
 
-    const size_t row = (size_t)query * NH + first_head;  // of head 0
+    const size_t row = (size_t)query * NH + first_head;  // the row of the block's first head
     const size_t rows = (size_t)n * NH;
     if (lane == 0) {
 #pragma unroll
@@ -157,7 +157,7 @@ latent_attention_kernel(float* __restrict__ out, float* __restrict__ part_sums, 
                   start, shared);
 }
 
-// the same for wider latents, up to kv_rank = 512, with 8 keys a tile
+// latent_attention_kernel for wider latents, up to kv_rank = 512, with 8 keys a tile
 extern "C" __global__ void __launch_bounds__(128)
 latent_attention_wide_kernel(float* __restrict__ out, float* __restrict__ part_sums, float* __restrict__ part_softmax,
                              const float* __restrict__ qlat, const float* __restrict__ latent,

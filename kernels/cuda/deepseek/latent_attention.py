@@ -2,16 +2,14 @@
 
 import numpy as np
 
-from kernels.cuda.runtime.grid import ceil_div, threads_for
+from kernels.cuda.runtime.grid import BLOCKS, TILE_THREADS, ceil_div, threads_for
 from llmc.errors import UserError
 
-THREADS = 128
-HEADS = 8  # of a block at most
-# keys of a tile and float4s of sums that a thread keeps, the most of either for latents that fit 48 KiB with them
+HEADS = 8  # the most heads of a block
+# kernel: keys of a tile, float4s of sums that a thread keeps; as many as fit 48 KiB beside the latents
 TILES = {"latent_attention_kernel": (32, 5), "latent_attention_wide_kernel": (8, 8)}
 SHARED = 46 << 10  # bytes for queries and keys; the rest is for scores and sums
-BLOCKS = 512  # wanted: two to five for each multiprocessor
-SHARE = 128  # keys of a block at least, if they are split
+SHARE = 128  # the fewest keys of a block where a query's keys are split
 
 
 def latent_attention_forward(cuda, out, qlat, latent, index, count, scale, start=0):
@@ -33,7 +31,7 @@ def latent_attention_forward(cuda, out, qlat, latent, index, count, scale, start
         part_softmax = cuda.scratch("latent_part_softmax", (parts, n, NH, 2))
     args = (out, part_sums, part_softmax, qlat, latent, index, count)
     sizes = (scale, NH, kv_rank, D, heads, K, share, start)
-    cuda.launch(kernel, (n, groups, parts), THREADS, (*args, *sizes), shared_mem)
+    cuda.launch(kernel, (n, groups, parts), TILE_THREADS, (*args, *sizes), shared_mem)
     if parts > 1:
         args = (out, part_sums, part_softmax, n * NH, kv_rank, parts)
         cuda.launch("latent_combine_kernel", n * NH, threads_for(4 * kv_rank), args)
@@ -43,7 +41,7 @@ def _kernel(kv_rank, D):
     """The first kernel whose tile and sums hold such latents, its keys, and its bytes of dynamic shared memory."""
     for kernel, (keys, packs) in TILES.items():
         shared_mem = 16 * (HEADS + keys) * (ceil_div(D, 4) | 1)
-        if HEADS * ceil_div(kv_rank, 4) <= packs * THREADS and shared_mem <= SHARED:
+        if HEADS * ceil_div(kv_rank, 4) <= packs * TILE_THREADS and shared_mem <= SHARED:
             return kernel, keys, shared_mem
     problem = f"kv_rank {kv_rank} and R {D - kv_rank}, on a GPU at most 512 and 220"
     raise UserError(f"latent_attention_forward: {problem}", "--device cpu, or a model with smaller latents")

@@ -2,8 +2,8 @@
 
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, threads_for
 
-QUERIES = 8  # that mla_absorb and mla_expand take at a time
-COLUMNS = 128  # threads of mla_absorb
+QUERIES = 8  # queries that share a load of the weight in mla_absorb and mla_expand
+ABSORB_THREADS = 128  # threads of a block of mla_absorb, one a column
 
 
 def mla_qkv_forward(cuda, qkv, q, kv, kva, NH, R, start=0):
@@ -31,9 +31,9 @@ def mla_absorb(cuda, qlat, q, kvbw, NH, R, start=0):
     """As kernels.cpu.deepseek.mla.mla_absorb."""
     (n, C), kv_rank = q.shape, kvbw.shape[1]
     hs = C // NH
-    grid = (NH, ceil_div(n, QUERIES), ceil_div(kv_rank, COLUMNS))
+    grid = (NH, ceil_div(n, QUERIES), ceil_div(kv_rank, ABSORB_THREADS))
     args = (qlat, q, kvbw, n, NH, hs, R, kv_rank, start)
-    cuda.launch("mla_absorb_kernel", grid, COLUMNS, args, shared_mem=4 * QUERIES * (hs - R))
+    cuda.launch("mla_absorb_kernel", grid, ABSORB_THREADS, args, shared_mem=4 * QUERIES * (hs - R))
 
 
 def mla_expand(cuda, out, olat, kvbw, NH, R):

@@ -135,7 +135,7 @@ rmsnorm_backward_kernel(float* __restrict__ dinp, float* __restrict__ partial, c
     rmsnorm_backward<1>(dinp, partial, dout, inp, weight, rrms, N, C, dcolumns, columns, rows);
 }
 
-// the same for 1024 < C <= 2048, with twice the registers
+// rmsnorm_backward_kernel for 1024 < C <= 2048, with twice the registers
 extern "C" __global__ void __launch_bounds__(256)
 rmsnorm_backward_wide_kernel(float* __restrict__ dinp, float* __restrict__ partial, const float* __restrict__ dout,
                              const float* __restrict__ inp, const float* __restrict__ weight,

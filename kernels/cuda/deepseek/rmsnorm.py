@@ -1,11 +1,10 @@
 """Launchers of rmsnorm.cu."""
 
 from kernels.cuda.gpt2.column_sum import column_sum
-from kernels.cuda.runtime.grid import ceil_div, threads_for, warp_a_row
+from kernels.cuda.runtime.grid import BLOCKS, ceil_div, threads_for, warp_a_row
 from llmc.errors import UserError
 
-BLOCKS = 512  # of rmsnorm_backward at most: two to five for each multiprocessor, however many rows
-WIDEST = 2048  # C: what a block's registers hold
+WIDEST = 2048  # the most channels that a block's registers hold
 
 
 def rmsnorm_forward(cuda, out, rrms, inp, weight):

@@ -1,4 +1,4 @@
-// router.cu: which experts a token goes to, with what weight, and the balance loss (kernels/cpu/deepseek/router.py)
+// router.cu: which experts a token goes to, and with what weight (kernels/cpu/deepseek/router.py)
 //
 //   v1 one thread a token        neighbours read E floats apart; few threads
 //   v2 one warp a token (this)   coalesced; the `top` largest one after another, each a maximum over the warp
@@ -89,17 +89,4 @@ router_backward_kernel(float* __restrict__ dlogits, const float* __restrict__ dg
         }
         dlogits[(size_t)n * E + e] = dz;
     }
-}
-
-// out (1) = E / (N * sum of load) * sum over n, e of probs[n,e] * load[e]; one block
-extern "C" __global__ void __launch_bounds__(1024)
-balance_loss_kernel(float* __restrict__ out, const float* __restrict__ probs, const int* __restrict__ load, int N,
-                    int E) {
-    __shared__ float shared[2][1024 / WARP];
-    float total = 0.0f, assignments = 0.0f;  // whole numbers below 2^24 are exact
-    for (int e = threadIdx.x; e < E; e += blockDim.x) { assignments += load[e]; }
-    for (size_t i = threadIdx.x; i < (size_t)N * E; i += blockDim.x) { total += probs[i] * load[i % E]; }
-    assignments = block_sum(assignments, shared[0]);
-    total = block_sum(total, shared[1]);
-    if (threadIdx.x == 0) { *out = total / fmaxf(assignments, 1.0f) * ((float)E / N); }
 }

@@ -1,10 +1,9 @@
 """Launchers of router.cu."""
 
-from kernels.cuda.runtime.grid import WARP, ceil_div, warp_a_row
+from kernels.cuda.runtime.grid import warp_a_row
 from llmc.errors import UserError
 
-MAX_EXPERTS = 1024  # a lane of a warp keeps a bit for each of its own
-BLOCK = 1024  # of balance_loss_kernel
+MAX_EXPERTS = 1024  # a lane of a warp keeps its 32 experts as the bits of an int
 
 
 def router_forward(cuda, probs, gates, experts, logits):
@@ -21,10 +20,3 @@ def router_backward(cuda, dlogits, dgates, probs, gates, experts, load, balance)
     scale = balance * E / (N * top) / N
     args = (dlogits, dgates, probs, gates, experts, load, scale, N, E, top)
     cuda.launch("router_backward_kernel", *warp_a_row(N), args)
-
-
-def balance_loss(cuda, out, probs, load):
-    """As kernels.cpu.deepseek.router.balance_loss."""
-    N, E = probs.shape
-    threads = min(BLOCK, ceil_div(N * E, WARP) * WARP)
-    cuda.launch("balance_loss_kernel", 1, threads, (out, probs, load, N, E))

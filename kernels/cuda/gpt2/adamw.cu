@@ -1,55 +1,27 @@
-// adamw.cu: AdamW on flat parameters, and on the band of banded weights (kernels/cpu/gpt2/adamw.py)
+// adamw.cu: AdamW on flat parameters (kernels/cpu/gpt2/adamw.py; the formula is update_adamw of common.cuh)
 //
 // The bias corrections are folded into rate and eps by the launcher, in double precision. Read are p, g, m, v, written
 // p, m, v: 7 floats a parameter.
 //
 //   v1 one thread a value
 //   v2 one thread four (this)    float4 in all seven streams
-// band_adamw_kernel: one warp a row of the weight visits the columns inside the band, which it works out by itself: what
-// lies outside, zero in all four, is not read
-
-struct Rates {
-    float rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale;
-};
-
-__device__ __forceinline__ void update(float& p, float g, float& m, float& v, Rates r) {
-    g *= r.grad_scale;
-    m += r.one_minus_beta1 * (g - m);
-    v += r.one_minus_beta2 * (g * g - v);
-    p -= r.rate * m / (sqrtf(v) + r.eps) + r.decay * p;
-}
 
 // params, grads, m, v (n)
 extern "C" __global__ void __launch_bounds__(256)
 adamw_kernel(float* __restrict__ params, const float* __restrict__ grads, float* __restrict__ m, float* __restrict__ v,
              size_t n, float rate, float one_minus_beta1, float one_minus_beta2, float eps, float decay,
              float grad_scale) {
-    const Rates r = {rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale};
+    const AdamwRates r = {rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale};
     const size_t pack = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (4 * pack + 4 <= n && aligned(params, grads, m, v)) {
         Pack<4> p4 = load<4>(params, pack), m4 = load<4>(m, pack), v4 = load<4>(v, pack);
         const Pack<4> g4 = load<4>(grads, pack);
 #pragma unroll
-        for (int j = 0; j < 4; j++) { update(p4.at[j], g4.at[j], m4.at[j], v4.at[j], r); }
+        for (int j = 0; j < 4; j++) { update_adamw(p4.at[j], g4.at[j], m4.at[j], v4.at[j], r); }
         store<4>(params, pack, p4);
         store<4>(m, pack, m4);
         store<4>(v, pack, v4);
     } else {
-        for (size_t i = 4 * pack; i < 4 * pack + 4 && i < n; i++) { update(params[i], grads[i], m[i], v[i], r); }
-    }
-}
-
-// params, grads, m, v (L,rows,columns); a warp for each of the L * rows rows
-extern "C" __global__ void __launch_bounds__(256)
-band_adamw_kernel(float* __restrict__ params, const float* __restrict__ grads, float* __restrict__ m,
-                  float* __restrict__ v, int L, int rows, int columns, int bandwidth, float rate,
-                  float one_minus_beta1, float one_minus_beta2, float eps, float decay, float grad_scale) {
-    const Rates r = {rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale};
-    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
-    if (row >= L * rows) { return; }
-    const Band band = band_of_row(row % rows, rows, columns, bandwidth);
-    for (int column = band.start + threadIdx.x % WARP; column < band.stop; column += WARP) {
-        const size_t i = (size_t)row * columns + column;
-        update(params[i], grads[i], m[i], v[i], r);
+        for (size_t i = 4 * pack; i < 4 * pack + 4 && i < n; i++) { update_adamw(params[i], grads[i], m[i], v[i], r); }
     }
 }

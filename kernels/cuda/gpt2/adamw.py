@@ -1,25 +1,17 @@
-"""Launchers of adamw.cu."""
+"""Launcher of adamw.cu."""
 
 from math import sqrt
 
-from kernels.cuda.runtime.grid import packs_of_four, warp_a_row
+from kernels.cuda.runtime.grid import packs_of_four
 
 
 def adamw_update(cuda, params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
     """As kernels.cpu.gpt2.adamw.adamw_update."""
-    rates = _rates(t, lr, beta1, beta2, eps, weight_decay, grad_scale)
-    cuda.launch("adamw_kernel", *packs_of_four(params.size), (params, grads, m, v, params.size, *rates))
+    settings = rates(t, lr, beta1, beta2, eps, weight_decay, grad_scale)
+    cuda.launch("adamw_kernel", *packs_of_four(params.size), (params, grads, m, v, params.size, *settings))
 
 
-def band_adamw_update(cuda, params, grads, m, v, bandwidth, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
-    """As kernels.cpu.gpt2.adamw.band_adamw_update."""
-    L, rows, columns = params.shape
-    rates = _rates(t, lr, beta1, beta2, eps, weight_decay, grad_scale)
-    args = (params, grads, m, v, L, rows, columns, bandwidth, *rates)
-    cuda.launch("band_adamw_kernel", *warp_a_row(L * rows), args)
-
-
-def _rates(t, lr, beta1, beta2, eps, weight_decay, grad_scale):
-    """What a kernel needs of the settings at update t, the bias corrections folded in as on the CPU."""
+def rates(t, lr, beta1, beta2, eps, weight_decay, grad_scale):
+    """AdamwRates of common.cuh at update t: the settings, with the bias corrections folded in as on the CPU."""
     c1, c2 = 1 - beta1**t, sqrt(1 - beta2**t)
     return lr * c2 / c1, 1.0 - beta1, 1.0 - beta2, eps * c2, lr * weight_decay, grad_scale

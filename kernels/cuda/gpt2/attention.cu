@@ -1,4 +1,4 @@
-// attention.cu: causal multi-head self-attention in float32, FlashAttention style; formulas in kernels/cpu/gpt2/attention.py
+// attention.cu: causal multi-head self-attention in float32, FlashAttention style (kernels/cpu/gpt2/attention.py)
 //
 // qkv (B,T,3C): in row (b,t), the q, k and v of head h start at columns h*hs, C + h*hs and 2C + h*hs, so loads permute.
 // out (B*(T-start),C), lse (B,NH,T-start). Any hs from 1 to 128; tiles are HS = 64 or 128 wide, padded with zeros.
@@ -56,7 +56,7 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
     constexpr int LANES = ROW_LANES<HS>, GROUPS = ROW_GROUPS<HS>;
     constexpr int R = QUERIES / TILE_WARPS / GROUPS;         // queries of a thread
     constexpr int N = KEYS / LANES;                          // keys of a thread
-    constexpr int PART = 2;                                  // of these at a time are handed over: less shared memory
+    constexpr int PART = 2;                                  // keys of a thread handed over together: less memory
     __shared__ TileRow<HS> query_tile[QUERIES];
     __shared__ TileRow<HS> tile[KEYS];                       // keys, then their values
     __shared__ TileRow<QUERIES> weights[PART * LANES];       // the queries of a thread side by side
@@ -180,7 +180,7 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, const float
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const int key = first + n * SHARES;
-            const int columns = key <= query ? hs : 0;  // of other keys nothing is read
+            const int columns = key <= query ? hs : 0;  // nothing is read of other keys
             const Pack<4> k = load_columns(keys + (size_t)key * stride, lane * 4, columns, packed);
             value[n] = load_columns(values + (size_t)key * stride, lane * 4, columns, packed);
             p[n] = 0.0f;
@@ -274,7 +274,7 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
     const float scale = 1.0f / sqrtf(hs);
     const float* queries = qkv + b * T * stride + h * hs;
     const float* douts = dout + b * T * C + h * hs;
-    const float* side1 = KEYS ? queries : queries + C;       // what passes
+    const float* side1 = KEYS ? queries : queries + C;       // the sides that pass
     const float* side2 = KEYS ? douts : queries + 2 * C;
     const int stride2 = KEYS ? C : stride;
     lse += (b * NH + h) * T;
@@ -302,7 +302,7 @@ __device__ __forceinline__ void backward_tile(float* dqkv, const float* dout, co
         query_delta[i] = query < T ? delta[query] : 0.0f;
     }
     const int sum_lane = threadIdx.x % ROW_LANES<HS>, sum_group = threadIdx.x % WARP / ROW_LANES<HS>;
-    const int slot = warp * OWN + sum_group * SUMS;          // of this thread's rows of the sums
+    const int slot = warp * OWN + sum_group * SUMS;          // the slot of this thread's rows of the sums
     Pack<4> sums1[SUMS][ROW_PACKS<HS>], sums2[SUMS][ROW_PACKS<HS>];  // dk and dv, or dq
     clear(sums1);
     clear(sums2);

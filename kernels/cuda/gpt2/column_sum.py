@@ -2,7 +2,7 @@
 
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div
 
-ROWS = 64  # that a block of the first stage adds up
+ROWS = 64  # rows that a block of the first stage adds up
 
 
 def column_sum(cuda, out, inp):

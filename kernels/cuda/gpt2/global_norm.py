@@ -2,7 +2,9 @@
 
 from math import fsum, sqrt
 
-BLOCKS, THREADS = 512, 512
+from kernels.cuda.runtime.grid import BLOCKS
+
+THREADS = 512  # threads of a block
 
 
 def global_norm(cuda, grads):

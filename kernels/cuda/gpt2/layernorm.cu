@@ -207,7 +207,7 @@ layernorm_backward_kernel(float* __restrict__ dinp, float* __restrict__ partial,
     layernorm_backward<1>(dinp, partial, dout, inp, weight, mean, rstd, N, C, rows);
 }
 
-// the same for 1024 < C <= 4096, with four times the registers
+// layernorm_backward_kernel for 1024 < C <= 4096, with four times the registers
 extern "C" __global__ void __launch_bounds__(256)
 layernorm_backward_wide_kernel(float* __restrict__ dinp, float* __restrict__ partial, const float* __restrict__ dout,
                                const float* __restrict__ inp, const float* __restrict__ weight,

@@ -1,11 +1,10 @@
 """Launchers of layernorm.cu."""
 
 from kernels.cuda.gpt2.column_sum import column_sum
-from kernels.cuda.runtime.grid import ceil_div, threads_for, warp_a_row
+from kernels.cuda.runtime.grid import BLOCKS, ceil_div, threads_for, warp_a_row
 from llmc.errors import UserError
 
-BLOCKS = 512  # of layernorm_backward at most: two to five for each multiprocessor, however many rows
-WIDEST = 4096  # C: what a block's registers hold
+WIDEST = 4096  # the most channels that a block's registers hold
 
 
 def layernorm_forward(cuda, out, mean, rstd, inp, weight, bias):

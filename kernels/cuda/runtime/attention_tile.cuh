@@ -18,7 +18,7 @@ template <int HS> constexpr int ROW_PACKS = HS / 4 / ROW_LANES<HS>;
 
 // rows of a tile on their way from global to shared memory: what is fetched can arrive during other work
 template <int ROWS, int HS> struct Fetched {
-    static constexpr int PACKS = HS / 4;               // of a row
+    static constexpr int PACKS = HS / 4;               // packs of a row
     static constexpr int STEP = TILE_THREADS / PACKS;  // rows that the block takes at a time
     Pack<4> x[ROWS / STEP];
 

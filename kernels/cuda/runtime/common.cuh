@@ -46,6 +46,13 @@ __device__ __forceinline__ void add_product(float& total, Pack<4> a, Pack<4> b) 
     for (int j = 0; j < 4; j++) { total += a.at[j] * b.at[j]; }
 }
 
+__device__ __forceinline__ float dot(Pack<4> a, Pack<4> b) {
+    float total = a.at[0] * b.at[0];
+#pragma unroll
+    for (int j = 1; j < 4; j++) { total += a.at[j] * b.at[j]; }
+    return total;
+}
+
 __device__ __forceinline__ void add_product(Pack<4>& total, float weight, Pack<4> x) {
 #pragma unroll
     for (int j = 0; j < 4; j++) { total.at[j] += weight * x.at[j]; }
@@ -115,7 +122,7 @@ __device__ __forceinline__ float block_sum(float value, float* shared) {
     return total;
 }
 
-// cosine and sine of the angle position * 10000^(-2 pair / rotated): kernels/cpu/sparse/rope.py
+// cosine and sine of the angle position * 10000^(-2 pair / rotated): kernels/cpu/rotation.py
 struct Rotation {
     float cosine, sine;
 };
@@ -171,4 +178,16 @@ __device__ __forceinline__ Band band_of_row(int row, int rows, int columns, int 
     band.start = min(band.start, columns);
     band.stop = max(band.start, min(band.stop, columns));
     return band;
+}
+
+// AdamW's settings at one update, with the bias corrections folded in: kernels/cuda/gpt2/adamw.py, rates
+struct AdamwRates {
+    float rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale;
+};
+
+__device__ __forceinline__ void update_adamw(float& p, float g, float& m, float& v, AdamwRates r) {
+    g *= r.grad_scale;
+    m += r.one_minus_beta1 * (g - m);
+    v += r.one_minus_beta2 * (g * g - v);
+    p -= r.rate * m / (sqrtf(v) + r.eps) + r.decay * p;
 }

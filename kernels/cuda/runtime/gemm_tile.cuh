@@ -1,4 +1,4 @@
-// gemm_tile.cuh: one tile of a matrix product, for matmul.cu and band_matmul.cu; compiled in front of them, after common.cuh
+// gemm_tile.cuh: one tile of a matrix product, for band_matmul.cu and expert_matmul.cu; compiled in front of every file
 //
 //   total(m,n) = sum over k of a(m,k) * b(n,k)      m in BM rows, n in BN columns, k in first .. last - 1
 //

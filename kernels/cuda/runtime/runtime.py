@@ -31,6 +31,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -78,18 +79,22 @@ class Runtime:
     name: the GPU's. tf32: whether products are computed in TF32, which takes the wish for it and a GPU that has it.
     """
 
-    def __init__(self, tf32: bool = False):
-        """Raises NoDevice unless a kernel and a product, tried for real, gave what they should."""
+    def __init__(self, tf32: bool = False, folders: tuple[Path, ...] = (source.FOLDER,)):
+        """folders: where the .cu files are.
+
+        Raises NoDevice unless a kernel and a product, tried for real, gave what they should.
+        """
         check_driver()
         self._folder, kept = open_cache()
         self._said_compiling = not kept
         self._cupy = import_cupy()
+        self._kernels = {name: kernel for folder in folders for name, kernel in source.kernels(folder).items()}
         self._functions, self._buffers, self._views, self._pinned, self._readbacks = {}, {}, {}, {}, {}
         self.name = "the GPU"
         try:
             self._open(tf32)
             self._probe()
-        except Exception as error:  # of whatever kind: it cannot be used
+        except Exception as error:  # any error means that the GPU cannot be used
             raise NoDevice(f"{self.name}: {one_line(error)}") from error
 
     def _open(self, tf32: bool):
@@ -229,7 +234,7 @@ class Runtime:
         shared_mem: bytes of dynamic shared memory. Raises KeyError for an unknown kernel, TypeError (source.arguments),
         ValueError (check_launch), CudaError for what CUDA reports, possibly of an earlier launch.
         """
-        declared = source.kernels()[kernel]
+        declared = self._kernels[kernel]
         values = tuple(source.arguments(declared, args, self.is_array))
         grid, block = _three(grid), _three(block)
         check_launch(declared, grid, block, values, shared_mem)
@@ -242,7 +247,7 @@ class Runtime:
 
     def _load(self, kernel: source.Kernel) -> dict:
         """The kernel and all others of its file, by name, ready to be launched."""
-        names = [name for name, other in source.kernels().items() if other.path == kernel.path]
+        names = [name for name, other in self._kernels.items() if other.path == kernel.path]
         return self._compile(source.text(kernel.path), kernel.path.name, names)
 
     def _compile(self, code: str, what: str, names: list[str]) -> dict:

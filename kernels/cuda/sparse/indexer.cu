@@ -23,13 +23,13 @@
 
 #define TILE 64          // queries, keys and columns of a tile
 #define RANGE 256        // keys that a block of indexer_scores_dq meets
-#define GATHERED_HEADS 4 // that a thread of indexer_gathered_forward computes at once
+#define GATHERED_HEADS 4 // heads that a thread of indexer_gathered_forward computes at once
 
 using Product = GemmTile<TILE, TILE, 16, 4, 4, true, true>;       // rows by rows: z
 using Values = Operand<TILE, 16, Product::THREADS, false>;        // rows of k or q as they lie, for the second product
 using Row = float[TILE + 4];
 
-// what a block has in shared memory for both products
+// shared memory of a block, for both products
 struct __align__(16) Shared {
     Product::Shared product;
     Row m[TILE];  // m by key and query for u, by query and key for dk
@@ -175,7 +175,8 @@ indexer_finish_kernel(float* __restrict__ dq, float* __restrict__ dw, const floa
     const int j = n % HI, r = n / HI % R, b = n / HI / R;
     const int end = first + min((r / TILE + 1) * TILE, R);  // as in indexer_scores_dq_kernel
     const int ranges = causal ? (end + RANGE - 1) / RANGE : 1;
-    const size_t out = ((size_t)b * T + first + r) * HI + j, stride = (size_t)B * R * HI * dI;  // from range to range
+    const size_t out = ((size_t)b * T + first + r) * HI + j;
+    const size_t stride = (size_t)B * R * HI * dI;  // from range to range
     const float weight = w[out];
     const float* of_head = parts + (((size_t)b * R + r) * HI + j) * dI;
     float product = 0.0f;
@@ -204,7 +205,7 @@ indexer_scores_dk_kernel(float* __restrict__ dk, const float* __restrict__ dscor
     const float* keys = k + (size_t)b * T * width + own * dI;
     const float* weights = w + ((size_t)b * T + first) * HI;
     dscores += (size_t)b * R * S;
-    const int end = min(S, first + R);  // of the keys that a query has
+    const int end = min(S, first + R);  // the end of the keys that a query has
 
     float total[4][4] = {};
     for (int j = own; j < (own_keys ? own + 1 : HI); j++) {
@@ -325,7 +326,7 @@ indexer_gathered_u_kernel(float* __restrict__ u, const float* __restrict__ m, co
                           const int* __restrict__ index, const int* __restrict__ count, int T, int K, int HI, int dI,
                           int own_keys) {
     const size_t n = blockIdx.x, b = n / T;
-    const int width = own_keys ? HI * dI : dI, packs = (dI + 3) / 4;  // of a head
+    const int width = own_keys ? HI * dI : dI, packs = (dI + 3) / 4;  // packs: of a head
     const bool packed = dI % 4 == 0 && aligned(k);
     const int thread = blockIdx.y * blockDim.x + threadIdx.x;
     const int j = thread / packs, c = thread % packs * 4;

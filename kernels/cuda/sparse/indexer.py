@@ -4,8 +4,8 @@ from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
-RANGE = 256  # keys that a block of indexer_scores_dq meets
-GATHERED_THREADS = 128
+RANGE = 256  # keys of a block of indexer_scores_dq
+GATHERED_THREADS = 128  # the most threads of a block that has one query
 
 
 def indexer_scores_forward(cuda, scores, q, k, w, scale, first, start=0):
@@ -57,7 +57,7 @@ def indexer_gathered_backward(cuda, dq, dk, dw, dscores, q, k, w, index, count, 
     cuda.launch("indexer_finish_kernel", *warp_a_row(B * T * HI), (dq, dw, u, q, w, B, T, T, HI, dI, 0, 0))
     offsets, pairs = inverse_lists(cuda, index, count)
     columns = packs * (HI if own_keys else 1)
-    lanes = min(THREADS, 1 << (columns - 1).bit_length())  # so that groups of them fill a block
+    lanes = min(THREADS, 1 << (columns - 1).bit_length())  # a power of 2: groups of them fill a block
     args = (dk, m, q, w, offsets, pairs, *sizes, lanes)
     cuda.launch("indexer_gathered_dk_kernel", (T, ceil_div(columns, lanes), B), THREADS, args)
 

@@ -36,7 +36,7 @@ inverse_sum_kernel(int* __restrict__ offsets, int* __restrict__ places, int T, i
         const int s = first + threadIdx.x;
         int mine = 0;
         for (int chunk = 0; chunk < chunks && s < T; chunk++) { mine += found[(size_t)chunk * T + s]; }
-        int sum = mine;  // of this lane and those before it
+        int sum = mine;  // the sum of this lane and those before it
 #pragma unroll
         for (int step = 1; step < WARP; step *= 2) {
             const int other = __shfl_up_sync(ALL_LANES, sum, step);

@@ -4,9 +4,9 @@ import numpy as np
 
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div
 
-LISTS = 32  # in a chunk at least
-CHUNKS = 64  # of a sequence at most: what they take is as large as 64 columns of the lists
-SUM_THREADS = 1024
+LISTS = 32  # the fewest lists of a chunk
+CHUNKS = 64  # the most chunks of a sequence: they take the memory of 64 columns of the lists
+SUM_THREADS = 1024  # the most threads of a block of inverse_sum
 
 
 def inverse_lists(cuda, index, count):

@@ -10,7 +10,7 @@
 
 #define FEATURES 5
 #define HIDDEN 16
-#define ROWS 128                             // of a block of the backward pass, as many as threads
+#define ROWS 128                             // rows, and threads, of a block of the backward pass
 #define W1 (HIDDEN * FEATURES)               // gradients lie behind each other: w1, b1, w2, b2
 #define B1 (W1 + HIDDEN)
 #define W2 (B1 + HIDDEN)
@@ -71,7 +71,7 @@ keep_controller_backward_kernel(float* __restrict__ losses, float* __restrict__ 
     __syncthreads();
     if (j >= PARAMETERS) { return; }
 
-    // what a row gives to w1 is [h > 0] w2 f, to b1 [h > 0] w2, to w2 h, to b2 1, times dlogit
+    // a row's gradients, all times dlogit: w1 gets [h > 0] w2 f, b1 [h > 0] w2, w2 h, b2 1
     const bool below = j < B1;  // the hidden units
     const bool weight = j < W1;
     const int unit = weight ? j / FEATURES : below ? j - W1 : j < W2 ? j - B1 : 0;

@@ -3,8 +3,8 @@
 from kernels.cpu.sparse.keep_controller import HIDDEN
 from kernels.cuda.runtime.grid import THREADS, ceil_div
 
-ROWS = 128  # of a block of the backward pass
-PARAMETERS = 113
+ROWS = 128  # rows, and threads, of a block of the backward pass
+PARAMETERS = 113  # values of w1, b1, w2 and b2
 
 
 def keep_controller_forward(cuda, keep, kappa, hidden, features, w1, b1, w2, b2, first, rows, most, start=0):

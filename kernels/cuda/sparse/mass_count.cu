@@ -5,7 +5,7 @@
 //                                each by a sum of what lies below. 31 sums of a row that stays in L1, in a fixed
 //                                order
 
-#define BITS 31  // of a float that is not negative: as integers these have the same order
+#define BITS 31  // bits of a float that is not negative: as integers these floats have the same order
 
 __device__ __forceinline__ float value_of(float x, float top, int softmax) { return softmax ? expf(x - top) : x; }
 
@@ -55,7 +55,7 @@ mass_count_kernel(int* __restrict__ keep, const float* __restrict__ scores, floa
     }
     from = block_sum(from, shared[0]);
     if (threadIdx.x == 0) {
-        const float value = __int_as_float(bits);  // of these equals, some may be left out as well
+        const float value = __int_as_float(bits);  // some of these equals may be left out as well
         const float equals = value > 0.0f ? floorf((limit - low) / value) : 0.0f;
         const int m = (int)from - (int)fminf(fmaxf(equals, 0.0f), from);
         keep[(size_t)b * Tq + first - start + r] = min(max(m, 1), keys);

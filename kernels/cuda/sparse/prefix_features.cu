@@ -1,4 +1,4 @@
-// prefix_features.cu: statistics of a sequence up to each token, for a controller (kernels/cpu/sparse/prefix_features.py)
+// prefix_features.cu: statistics of a sequence up to each token (kernels/cpu/sparse/prefix_features.py)
 //
 // Sums go over positions in their order, so a sequence has the same bits whether it comes at once or token by token.
 //   v1 a thread a channel, means to memory     x is read, (B,T,C) written and read again for the sums over channels

@@ -61,7 +61,7 @@ select_topk_kernel(int* __restrict__ index, int* __restrict__ count, const float
     }
 
     unsigned threshold = 0;  // the digits of the n-th highest, found from the top
-    int equals = n;          // of what shares these digits, so many are wanted
+    int equals = n;          // how many are wanted of those that share these digits
     int there = 0;           // and so many there are
     for (int shift = 32 - DIGIT; shift >= 0; shift -= DIGIT) {
         histogram[threadIdx.x] = 0;

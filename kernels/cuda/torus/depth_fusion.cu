@@ -11,10 +11,10 @@
 
 #define THREADS 256
 #define TILE 2048  // floats of an array in shared memory
-#define SIDE 2     // of the square of entries of domega that a thread has
+#define SIDE 2     // side of the square of entries of domega that a thread has
 #define SQUARE 32  // and of the square that a block has
 
-// what of a tile a thread takes: of every `step`th platter from `platter` on the pack at channel m. neighbouring
+// a thread's part of a tile: the pack at channel m of every `step`th platter from `platter` on. neighbouring
 // threads take neighbouring packs
 struct Lane {
     int platter, step, m;
@@ -148,7 +148,7 @@ __device__ __forceinline__ void add_products(float (*total)[SIDE], const float* 
 
 // domega (D,D) = the sums of all parts, in the block's square; shared (SIDE,SIDE,THREADS), free before the call
 __device__ __forceinline__ void write_products(float* domega, float (*total)[SIDE], float* shared, Share s, int D) {
-    const int threads = s.groups * s.groups;  // of a part
+    const int threads = s.groups * s.groups;  // threads of a part
     float* mine = shared + threadIdx.x;
 #pragma unroll
     for (int e = 0; e < SIDE * SIDE; e++) { mine[e * THREADS] = total[e / SIDE][e % SIDE]; }

@@ -1,13 +1,12 @@
 """Launchers of depth_fusion.cu."""
 
 from kernels.cuda.gpt2.column_sum import column_sum
-from kernels.cuda.runtime.grid import THREADS, ceil_div
+from kernels.cuda.runtime.grid import BLOCKS, THREADS, ceil_div
 from llmc.errors import UserError
 
-TILE = 2048  # floats of whole heads that a block holds at a time
-BLOCKS = 512  # at most: two to five for each multiprocessor, however many rows
-PLATTERS = 64  # at most: what shared memory holds of omega besides two tiles
-SQUARE = 32  # platters by platters of domega that a block sums up
+TILE = 2048  # floats of a tile, whole heads of them
+PLATTERS = 64  # the most platters: what shared memory holds of omega beside two tiles
+SQUARE = 32  # side of the part of domega (D,D) that a block sums up
 
 
 def depth_fusion_forward(cuda, out, inp, omega, NH, depth_major=0):

@@ -1,4 +1,4 @@
-// fusion_matrix.cu: the matrix that mixes platters from its factors, and their gradients (kernels/cpu/torus/fusion_matrix.py)
+// fusion_matrix.cu: the matrix that mixes platters, and its factors' gradients (kernels/cpu/torus/fusion_matrix.py)
 //
 // At most 128 x 128 values, so what counts is the launch: one each way, a warp or a block a row.
 

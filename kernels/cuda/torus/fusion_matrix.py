@@ -3,7 +3,7 @@
 from kernels.cpu.torus.fusion_matrix import IDENTITY, MEAN
 from kernels.cuda.runtime.grid import warp_a_row
 
-THREADS = 128
+BACKWARD_THREADS = 128  # threads of a block of the backward pass
 
 
 def fusion_matrix_forward(cuda, omega, first, second, mode):
@@ -21,4 +21,4 @@ def fusion_matrix_backward(cuda, dfirst, dsecond, domega, omega, first, second, 
         return
     D, r = first.shape
     args = (dfirst, dsecond, domega, omega, first, second, D, r, mode)
-    cuda.launch("fusion_matrix_backward_kernel", D, THREADS, args, 4 * D)
+    cuda.launch("fusion_matrix_backward_kernel", D, BACKWARD_THREADS, args, 4 * D)

@@ -1,4 +1,4 @@
-// torus_attention.cu: attention among the platters of tokens on a torus; formulas in kernels/cpu/torus/torus_attention.py
+// torus_attention.cu: attention among the platters of tokens on a torus (kernels/cpu/torus/torus_attention.py)
 //
 // qkv (B,T,3C): in row (b,t), platter k of the q, k and v of head h starts at column (h*D + k)*hd of each third. A row
 // of a tile is a sub-token i*D + k of a head, whatever D. out (B*(T-start),C), lse (B,NH,T-start,D). hd from 1 to 128;
@@ -27,7 +27,7 @@
 
 // --- geometry --------------------------------------------------------------------------------------------------------
 
-// of a key, its token; of a query, the last token that it sees, or -1 beyond the last query: with its lse of 0 a weight
+// a key's token; a query's last token that it sees, or -1 beyond the last query: with its lse of 0 a weight
 // could be infinite. and where it is on the ring and in depth
 struct Place {
     int token;
@@ -38,7 +38,7 @@ struct Torus {
     int T, D, P, window, causal;
     float tokens, platters;             // once round
     float near;                         // farthest on the ring that is seen
-    float ring_weight, depth_weight;    // of a token and a platter of distance, times log2(e)
+    float ring_weight, depth_weight;    // bias of a token and of a platter of distance, times log2(e)
 };
 
 __device__ __forceinline__ Torus torus(float a_s, float a_d, int T, int D, int P, int window, int wrap_depth,
@@ -113,7 +113,7 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
     constexpr int LANES = ROW_LANES<HS>, GROUPS = ROW_GROUPS<HS>;
     constexpr int R = QUERIES / TILE_WARPS / GROUPS;         // queries of a thread
     constexpr int N = KEYS / LANES;                          // keys of a thread
-    constexpr int PART = WARP / LANES;                       // of these at a time are handed over: less shared memory
+    constexpr int PART = WARP / LANES;                       // keys of a thread handed over together: less memory
     __shared__ TileRow<HS> query_tile[QUERIES];
     __shared__ TileRow<HS> tile[KEYS];                       // keys, then their values
     __shared__ TileRow<QUERIES> weights[WARP];               // the queries of a thread side by side
@@ -128,7 +128,7 @@ __device__ __forceinline__ void forward_tile(float* out, float* lse, const float
     const int first = start * D + (gridDim.y - 1 - blockIdx.y) * QUERIES;  // blocks with most keys start first
     const int stop = min(T * D, first + QUERIES);
     const int first_token = first / D, last_token = (stop - 1) / D;
-    const int end = causal ? (last_token + 1) * D : T * D;   // of the keys
+    const int end = causal ? (last_token + 1) * D : T * D;   // the end of the keys
     const int mine = warp * (QUERIES / TILE_WARPS) + group;  // this thread's queries: first + mine + GROUPS i
     const int slot = warp * (QUERIES / TILE_WARPS) + group * R;
     const bool packed = hd % 4 == 0 && aligned(qkv, out);
@@ -273,7 +273,7 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
     const float* keys = queries + C;
     const float* values = keys + C;
     const float* douts = dout + b * T * C + h * D * hd;
-    const float* side1 = KEYS ? queries : keys;              // what passes
+    const float* side1 = KEYS ? queries : keys;              // the sides that pass
     const float* side2 = KEYS ? douts : values;
     const int stride2 = KEYS ? C : stride;
     lse += (b * NH + h) * rows;
@@ -301,7 +301,7 @@ __device__ __forceinline__ void backward_tile(float* dqkv, float* partial, const
         query_delta[i] = row < stop ? delta[row % D * T + row / D] : 0.0f;
     }
     const int sum_lane = threadIdx.x % ROW_LANES<HS>, sum_group = threadIdx.x % WARP / ROW_LANES<HS>;
-    const int slot = warp * OWN + sum_group * SUMS;          // of this thread's rows of the sums
+    const int slot = warp * OWN + sum_group * SUMS;          // the slot of this thread's rows of the sums
     Pack<4> sums1[SUMS][ROW_PACKS<HS>], sums2[SUMS][ROW_PACKS<HS>];  // dk and dv, or dq
     float ring_sum = 0.0f, depth_sum = 0.0f;
     clear(sums1);

@@ -1,4 +1,4 @@
-// torus_rope.cu: rotary position embedding on a torus, q and k in place, and its transpose (kernels/cpu/torus/torus_rope.py)
+// torus_rope.cu: rotary position embedding on a torus, q and k in place, and back (kernels/cpu/torus/torus_rope.py)
 //
 //   v1 a thread a pair                         the angle again for each head, in q and in k
 //   v2 a thread a pair of all heads (this)     one angle for q and k of a token: they are 2 NH heads side by side
