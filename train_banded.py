@@ -297,9 +297,7 @@ def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
-    parser = arguments()
-    typed = parser.explicit(argv)
-    args, file, state = options.parse_options(parser, argv, "train_banded.py")
+    args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py")
     band = choose_band(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device, args.tf32)

@@ -602,9 +602,7 @@ def save(args: Namespace, model: GPT2, step: int, run: loop.Run, dense: bool):
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
-    parser = arguments()
-    typed = parser.explicit(argv)
-    args, file, state = options.parse_options(parser, argv, "train_sparse_attn.py")
+    args, typed, file, state = options.parse_options(arguments(), argv, "train_sparse_attn.py")
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum

@@ -446,9 +446,7 @@ def save(args: Namespace, model: GPT2, step: int, run: loop.Run, extra: dict) ->
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
-    parser = arguments()
-    typed = parser.explicit(argv)
-    args, file, state = options.parse_options(parser, argv, "train_toroidal.py")
+    args, typed, file, state = options.parse_options(arguments(), argv, "train_toroidal.py")
     torus = choose_torus(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     earlier = state.options.get("train", args.train) if state else args.train

@@ -84,8 +84,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 def parse_options(
     parser: ArgumentParser, argv: list[str] | None, trainer: str
-) -> tuple[Namespace, Model, TrainState | None]:
-    """-> settings, the Model to start from, and its TrainState if --resume was given.
+) -> tuple[Namespace, set[str], Model, TrainState | None]:
+    """-> settings, names of the flags typed, the Model to start from, and its TrainState if --resume was given.
 
     trainer: the name of the script. A resumed run takes its settings from the checkpoint where none is typed. Fills in
     the defaults that depend on the model. Raises UserError for what cannot work, before anything is written.
@@ -111,7 +111,7 @@ def parse_options(
     args.train_data = args.train_data or default_data(model.config.V, "train")
     args.val_data = args.val_data or default_data(model.config.V, "val")
     check_outputs(args, typed)
-    return args, model, state
+    return args, typed, model, state
 
 
 def check_trainer(path: str, model: Model, state: TrainState, trainer: str) -> None:
