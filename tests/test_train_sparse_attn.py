@@ -40,7 +40,7 @@ from llmc.dataloader import write_tokens
 from llmc.errors import UserError
 from llmc.init import gpt2_init
 from llmc.resume import load_checkpoint
-from systems.sparsity import Sparsity, description, extra_init, extra_shapes, read_sparsity
+from systems.sparsity import SELECTORS, Sparsity, description, extra_init, extra_shapes, read_sparsity
 
 PARAMETERS = num_parameters(CONFIG)
 SMALL = "--indexer-heads 2 --indexer-dim 4"  # an indexer as tiny as the model
@@ -515,9 +515,12 @@ def test_the_indexers_sizes_are_the_files(train, flag, found):
     check_refused(train("-n 1 --indexer upstream", model="c.bin"), "--indexer upstream", "indexer lightning", code=2)
 
 
-@pytest.mark.parametrize("flags", ["--top-k 1", "--top-k 1 --force-self 0", "--sink 1 --top-k 1", "--top-k 32"])
-def test_the_smallest_and_the_largest_k(train, flags):
-    done(train(f"{SMALL} {flags} -n 2 -s 1"))
+@pytest.mark.parametrize(
+    "flags, kept", [("--top-k 1", 8), ("--top-k 1 --force-self 0", 8), ("--sink 1 --top-k 1", 8), ("--top-k 32", 36)]
+)
+def test_the_smallest_and_the_largest_k(train, flags, kept):
+    out = done(train(f"{SMALL} {flags} -n 2 -s 1")).out
+    assert set(re.findall(r"kept ([\d.]+) of 36 pairs", out)) == {f"{kept:.1f}"}
 
 
 @pytest.mark.parametrize("flags", ["-n 2 --indexer-warmup 2", "-n 2 --indexer-warmup 9", "-n 2 -t 1", "-n 2 -b 1 -t 1"])
@@ -554,7 +557,7 @@ def rewrite(path="c.bin", at=None, value=None, **changed):
         (dict(at=5, value=3), ["c.bin", "NH = 3"]),
         (dict(at=FIELD, value=2), ["layout", "2", "expected 1"]),
         (dict(at=FIELD + 1, value=2), ["attention is 2", "0..1"]),
-        (dict(at=FIELD + 2, value=5), ["selector is 5", "0..4"]),
+        (dict(at=FIELD + 2, value=len(SELECTORS)), [f"selector is {len(SELECTORS)}", f"0..{len(SELECTORS) - 1}"]),
         (dict(at=FIELD + 2, value=-1), ["selector is -1"]),
         (dict(at=FIELD + 3, value=3), ["indexer is 3", "0..2"]),
         (dict(at=FIELD + 3, value=0), ["selector indexer without an indexer"]),
