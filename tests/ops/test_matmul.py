@@ -1,11 +1,10 @@
-"""Products of activations and weights, cuBLAS's and the ladder of handwritten ones."""
+"""Products of activations and weights."""
 
 import numpy as np
 import pytest
-from check_op import TOL, check_op, nan, place, relative, rounded
+from check_op import check_op, relative
 
 from kernels import cpu
-from kernels.cuda.gpt2.matmul import LADDER, matmul_forward_by_hand
 
 
 @pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
@@ -24,16 +23,3 @@ def test_matmul_beta_adds_to_the_gradient():
     cpu.matmul_backward(dinp, twice, None, dout, inp, weight, beta=1)
     assert relative(twice, 2 * once) < 1e-15
     assert relative(once, dout.T @ inp) < 1e-15
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# on CUDA: the emulator, and a GPU if there is one
-
-
-@pytest.mark.parametrize("version", LADDER)
-@pytest.mark.parametrize("N, C, OC", [(1, 1, 1), (33, 20, 50), (130, 37, 131), (128, 64, 256)])
-def test_matmul_by_hand(runtime, version, N, C, OC):
-    inp, weight, bias = rounded(N, C), rounded(OC, C), rounded(OC)
-    ours = [place(runtime, array, 0) for array in (nan(N, OC), inp, weight, bias)]
-    matmul_forward_by_hand(runtime, version, *ours)
-    assert relative(runtime.to_host(ours[0]), inp @ weight.T + bias) <= TOL
