@@ -569,6 +569,7 @@ def test_archive_cannot_write_outside_its_folder(server, stories_url):
         (b"no archive at all", "a broken archive"),
         (archive_of({"readme.txt": b""}), "0 JSON shards, expected 2 or more"),
     ],
+    ids=["cut short", "no archive", "no shards"],  # an archive has its time in it
 )
 def test_bad_archive(server, stories_url, archive, message):
     server.files["/all.tar.gz"] = archive
