@@ -46,9 +46,10 @@ WARM_UP = 3
 
 def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
     """A function that runs one step of train_banded.py on a batch and returns the loss."""
+    from systems.band import Band
     from train_banded import GPT2
 
-    model = GPT2(kernels.open_device("cpu"), config, gpt2_init(config, 1), B, T, *bands)
+    model = GPT2(kernels.open_device("cpu"), config, gpt2_init(config, 1), B, T, Band(*bands))
     model.mask_weights()
 
     def step(t: int, inputs: np.ndarray, targets: np.ndarray) -> float:

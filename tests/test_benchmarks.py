@@ -1,0 +1,32 @@
+"""What measures speed still runs: every benchmark at its smallest, which writes no table."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALLEST = {  # script: its flags, what a row of its output looks like, how many of them
+    "step_time.py": ("--sizes tiny --steps 1 -b 1 -t 8", r"(ours|products).* \d+\.\d ms \(fastest", 4),
+    "band_products.py": ("--channels 64 --tokens 64 --repeats 1", r"\| 64 \| 64 \|", 1),
+    "sparse_attention.py": ("--channels 64 --lengths 64 --repeats 1", r"\b64\b", 1),
+}
+
+
+def test_every_benchmark_is_here():
+    scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")} - {"turns.py"}
+    assert scripts == set(SMALLEST)
+
+
+@pytest.mark.parametrize("script", SMALLEST)
+def test_runs(script):
+    flags, row, least = SMALLEST[script]
+    before = (ROOT / "benchmarks" / "RESULTS.md").read_bytes()
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(row, done.stdout)) >= least, done.stdout
+    assert (ROOT / "benchmarks" / "RESULTS.md").read_bytes() == before
