@@ -65,7 +65,6 @@ def arguments() -> ArgumentParser:
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
-
 # gradients that their product writes in the first micro-step; all others are added to, and start from 0
 WRITTEN = ("wte", "qkvw", "attprojw", "fcw", "fcprojw")
 
@@ -84,7 +83,7 @@ class GPT2:
         self.place = None if place is None else device.to_device(place)  # where along FC1's band a hidden unit lies
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
-        self.grads_flat = self.m_flat = self.v_flat = self.layers = self.decoder = None
+        self.acts = self.layers = self.grads_flat = self.m_flat = self.v_flat = self.decoder = None
 
     def layer_shapes(self, B: int, T: int, start: int = 0) -> dict[str, tuple[int, ...]]:
         """What a layer keeps for backward, over B x T new tokens behind `start` old ones."""
@@ -104,6 +103,24 @@ class GPT2:
             "fch_gelu": (N, 4 * C),
             "residual3": (N, C),  # behind the MLP
         }
+
+    def allocate_activations(self) -> None:
+        """The buffers of forward, at its first call."""
+        B, T, L, C = self.B, self.T, self.config.L, self.config.C
+        N = B * T
+        shapes = {
+            "encoded": (N, C),
+            "lnf": (N, C),
+            "lnf_mean": (N,),
+            "lnf_rstd": (N,),
+            "logits": (N, self.config.Vp),
+            "losses": (N,),
+        }
+        layer = self.layer_shapes(B, T)
+        tell_allocated(4 * (L * num_values(layer) + num_values(shapes)), "activations")
+        self.layers = [allocate(self.ops, layer) for _ in range(L)]
+        self.acts = allocate(self.ops, shapes)
+        self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(N, np.int32)
 
     def mask_weights(self):
         """Zero the weights outside the bands. From then on products skip them, and gradients, m and v stay 0 there.
@@ -129,92 +146,43 @@ class GPT2:
         """
         ops, p, B, T, L = self.ops, self.params, self.B, self.T, self.config.L
         N = B * T
-        if self.layers is None:
+        if self.acts is None:
             self.allocate_activations()
-        a = self.acts
+        acts = self.acts
         ops.copy_in(self.inputs, inputs)
-        ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
-        residual = a.encoded  # (N,C)
+        ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
+        residual = acts.encoded  # (N,C)
         for l in range(L):
             self.layer(l, self.layers[l], residual, 0)
             residual = self.layers[l].residual3
-        ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, residual, p.lnfw, p.lnfb)
-        ops.matmul_forward(a.logits, a.lnf, p.wte)  # (N,Vp)
+        ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
+        ops.matmul_forward(acts.logits, acts.lnf, p.wte)  # (N,Vp)
         if targets is not None:
             ops.copy_in(self.targets, targets.ravel())
-            ops.fused_classifier(a.losses, a.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses = ops.to_host_later(a.losses)
+            ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
+            self.losses = ops.to_host_later(acts.losses)
 
-    def layer(self, l: int, v: SimpleNamespace, residual, start: int):
-        """One layer over the rows `residual` (N,C) at positions start.. -> v, as layer_shapes lists it."""
+    def layer(self, l: int, a: SimpleNamespace, residual, start: int) -> None:
+        """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it."""
         ops, p, NH = self.ops, self.params, self.config.NH
-        qkv = v.qkv[:, start:]  # the new rows; those before are a decoder's
-        ops.layernorm_forward(v.ln1, v.ln1_mean, v.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-        ops.matmul_forward(qkv.reshape(len(v.ln1), -1), v.ln1, p.qkvw[l], p.qkvb[l])
-        ops.attention_forward(v.atty, v.lse, v.qkv, NH, start)
-        ops.matmul_forward(v.residual2, v.atty, p.attprojw[l], p.attprojb[l])
+        qkv = a.qkv[:, start:]  # the new rows; those before are a decoder's
+        ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+        ops.matmul_forward(qkv.reshape(len(a.ln1), -1), a.ln1, p.qkvw[l], p.qkvb[l])
+        ops.attention_forward(a.atty, a.lse, a.qkv, NH, start)
+        ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], p.attprojb[l])
         ops.fused_residual_forward(
-            v.residual2, v.ln2, v.ln2_mean, v.ln2_rstd, v.residual2, residual, p.ln2w[l], p.ln2b[l]
+            a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
         )
-        ops.band_matmul_forward(v.fch, v.ln2, p.fcw[l], p.fcb[l], self.skip_fc1)
-        ops.gelu_forward(v.fch_gelu, v.fch)
-        ops.band_matmul_forward(v.residual3, v.fch_gelu, p.fcprojw[l], p.fcprojb[l], self.skip_fc2)
-        ops.residual_forward(v.residual3, v.residual3, v.residual2)
-
-    def allocate_activations(self):
-        """The buffers of forward, at its first call."""
-        B, T, L, C = self.B, self.T, self.config.L, self.config.C
-        N = B * T
-        shapes = {
-            "encoded": (N, C),
-            "lnf": (N, C),
-            "lnf_mean": (N,),
-            "lnf_rstd": (N,),
-            "logits": (N, self.config.Vp),
-            "losses": (N,),
-        }
-        layer = self.layer_shapes(B, T)
-        tell_allocated(4 * (L * num_values(layer) + num_values(shapes)), "activations")
-        self.layers = [allocate(self.ops, layer) for _ in range(L)]
-        self.acts = allocate(self.ops, shapes)
-        self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(N, np.int32)
+        ops.band_matmul_forward(a.fch, a.ln2, p.fcw[l], p.fcb[l], self.skip_fc1)
+        ops.gelu_forward(a.fch_gelu, a.fch)
+        ops.band_matmul_forward(a.residual3, a.fch_gelu, p.fcprojw[l], p.fcprojb[l], self.skip_fc2)
+        ops.residual_forward(a.residual3, a.residual3, a.residual2)
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
         return float(self.losses().mean())
 
-    def backward(self, first: bool = True):
-        """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add."""
-        ops, p, a, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
-        if self.grads_flat is None:
-            self.allocate_gradients()
-        g, d, beta = self.grads, self.dacts, 0 if first else 1
-        if first:
-            for name, grad in vars(g).items():
-                if name not in WRITTEN:
-                    grad.fill(0)
-        d.residual.fill(0)  # (N,C)
-
-        ops.matmul_backward(d.btc, g.wte, None, a.logits, a.lnf, p.wte, beta)
-        residual = self.layers[L - 1].residual3
-        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, a.lnf_mean, a.lnf_rstd)
-        for l in reversed(range(L)):
-            v, residual = self.layers[l], self.layers[l - 1].residual3 if l > 0 else a.encoded
-            fcw, fcprojw, skip1, skip2 = p.fcw[l], p.fcprojw[l], self.skip_fc1, self.skip_fc2
-            ops.band_matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, v.fch_gelu, fcprojw, skip2, beta)
-            ops.gelu_backward(d.bt4c, v.fch, d.bt4c)
-            ops.band_matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, v.ln2, fcw, skip1, beta)
-            ops.layernorm_backward(
-                d.residual, g.ln2w[l], g.ln2b[l], d.btc, v.residual2, p.ln2w[l], v.ln2_mean, v.ln2_rstd
-            )
-            ops.matmul_backward(d.btc, g.attprojw[l], g.attprojb[l], d.residual, v.atty, p.attprojw[l], beta)
-            ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, NH)
-            ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], d.qkv.reshape(d.btc.shape[0], -1), v.ln1, p.qkvw[l], beta)
-            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], v.ln1_mean, v.ln1_rstd)
-        ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
-        self.mask(g)
-
-    def allocate_gradients(self):
+    def allocate_gradients(self) -> None:
         """The buffers of backward, at its first call."""
         B, T, C = self.B, self.T, self.config.C
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
@@ -227,6 +195,38 @@ class GPT2:
         }
         tell_allocated(4 * num_values(shapes), "activation gradients")
         self.dacts = allocate(self.ops, shapes)
+
+    def backward(self, first: bool = True) -> None:
+        """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add."""
+        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
+        if self.grads_flat is None:
+            self.allocate_gradients()
+        g, d, beta = self.grads, self.dacts, 0 if first else 1
+        if first:
+            for name, grad in vars(g).items():
+                if name not in WRITTEN:
+                    grad.fill(0)
+        d.residual.fill(0)  # (N,C)
+        dqkv = d.qkv.reshape(self.B * self.T, -1)  # (N,3C)
+
+        ops.matmul_backward(d.btc, g.wte, None, acts.logits, acts.lnf, p.wte, beta)
+        residual = self.layers[L - 1].residual3
+        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, acts.lnf_mean, acts.lnf_rstd)
+        for l in reversed(range(L)):
+            a, residual = self.layers[l], self.layers[l - 1].residual3 if l > 0 else acts.encoded
+            fcw, fcprojw, skip1, skip2 = p.fcw[l], p.fcprojw[l], self.skip_fc1, self.skip_fc2
+            ops.band_matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu, fcprojw, skip2, beta)
+            ops.gelu_backward(d.bt4c, a.fch, d.bt4c)
+            ops.band_matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, a.ln2, fcw, skip1, beta)
+            ops.layernorm_backward(
+                d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2, p.ln2w[l], a.ln2_mean, a.ln2_rstd
+            )
+            ops.matmul_backward(d.btc, g.attprojw[l], g.attprojb[l], d.residual, a.atty, p.attprojw[l], beta)
+            ops.attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, NH)
+            ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, p.qkvw[l], beta)
+            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
+        ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
+        self.mask(g)
 
     def update(self, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decay_all=True, grad_clip=0.0):
         """AdamW update number t = 1, 2, ...; returns the gradient norm if grad_clip > 0, else None."""
@@ -246,7 +246,7 @@ class GPT2:
         self.mask_weights()
         return norm
 
-    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None):
+    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
         for name in ("m", "v"):
             tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
@@ -265,6 +265,8 @@ class GPT2:
                 "encoded": (c.maxT, c.C),
                 "qkv": (c.L, 1, c.maxT, 3 * c.C),  # kept: the keys and values of every layer
                 "lnf": (1, c.C),
+                "lnf_mean": (1,),
+                "lnf_rstd": (1,),
                 "logits": (1, c.Vp),
             }
             self.decoder = allocate(ops, shapes)
@@ -275,11 +277,11 @@ class GPT2:
         residual = d.encoded[:n]
         ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
         for l in range(c.L):
-            v = first_of(d, shapes)
-            v.qkv = d.qkv[l, :, : start + n]
-            self.layer(l, v, residual, start)
-            residual = v.residual3
-        ops.layernorm_forward(d.lnf, v.ln2_mean[:1], v.ln2_rstd[:1], residual[n - 1 :], p.lnfw, p.lnfb)
+            a = first_of(d, shapes)
+            a.qkv = d.qkv[l, :, : start + n]
+            self.layer(l, a, residual, start)
+            residual = a.residual3
+        ops.layernorm_forward(d.lnf, d.lnf_mean, d.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
         ops.matmul_forward(d.logits, d.lnf, p.wte)
         return ops.to_host(d.logits)[0, : c.V]
 
@@ -296,7 +298,7 @@ def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, for losses that overflow: reported below, once
     args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py")
     band = choose_band(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum

@@ -53,7 +53,7 @@ from systems.sparsity import (
 
 ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
 
-# tensors with one user, whose gradient is written by its product; all other gradients are added to, from 0
+# gradients that their product writes in the first micro-step; all others are added to, and start from 0
 WRITTEN = ("qkvw", "attprojw", "fcw", "fcprojw")  # GPT-2
 WRITTEN += ("qaw", "qbw", "kvaw", "kvbw", "routerw", "expertw", "expertprojw", "headw")  # DeepSeek
 WRITTEN += ("idxqw", "idxkw", "idxww")  # indexer
@@ -89,7 +89,7 @@ class Heads(Attention):
     """Queries, keys and values of all heads by one product, as in GPT-2."""
 
     def forward(self, l: int, a, start: int = 0):
-        """The rows from `start` of a.qkv (B,start+T,3C), of a.ln1 (N,C)."""
+        """The rows from `start` of a.qkv (B,start+T,3C), from a.ln1 (N,C)."""
         p, new = self.params, a.qkv[:, start:]
         self.ops.matmul_forward(new.reshape(len(a.ln1), -1), a.ln1, p.qkvw[l], p.qkvb[l])
 
@@ -147,7 +147,7 @@ class Lightning(Part):
         )
 
     def forward(self, l: int, a, start: int = 0):
-        """a.iq, a.iw and the rows from `start` of a.ik, of a.ln1 (N,C); with MLA a.iq comes from its query latent."""
+        """a.iq, a.iw and the rows from `start` of a.ik, from a.ln1 (N,C); with MLA a.iq comes from its query latent."""
         ops, p, s, N, ik = self.ops, self.params, self.sparsity, len(a.ln1), a.ik[:, start:]
         ops.matmul_forward(a.iq.reshape(N, -1), a.qn if self.mla else a.ln1, p.idxqw[l])
         ops.matmul_forward(a.ik0, a.ln1, p.idxkw[l])
@@ -190,7 +190,7 @@ class Selection(Part):
             )
         if s.adaptive == "prefix":
             shapes |= dict(
-                features=(B, T, FEATURES),  # of the tokens up to a query
+                features=(B, T, FEATURES),  # what the tokens up to a query are like
                 state=(B, 4, self.config.C),  # the sums behind them
                 hidden=(B, T, HIDDEN),
                 kappa=(B, T),  # the share of keys that the controller keeps
@@ -204,7 +204,7 @@ class Selection(Part):
             ops.attention_forward(a.btc, a.dense_lse, a.qkv, self.config.NH, start)
         if s.adaptive == "prefix":
             ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT, start)
-        elif s.adaptive == "upstream":  # of all tokens that there are
+        elif s.adaptive == "upstream":  # all tokens that there are decide
             ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
         else:
             a.keep.fill(s.k[l])
@@ -288,14 +288,15 @@ class GPT2:
             ln2_rstd=(N,),
             residual3=(N, C),  # behind the MLP
             btc=(N, C),
-            scores=block,  # of a block of queries and all keys, or of all queries and the keys selected
+            scores=block,  # (B,rows,keys) in blocks of queries, or (B,T,k) of the keys selected
             p=block,  # attention, the heads' mean
             dense_lse=(B, NH, T),  # lse if all keys were selected
         )
         parts = attention.shapes(B, T) | self.mlp.shapes(B, T) | self.indexer.shapes(B, T)
         return shapes | parts | self.selection.shapes_of(l, B, T, keys)
 
-    def allocate_activations(self):
+    def allocate_activations(self) -> None:
+        """The buffers of forward, at its first call."""
         ops, c, B, T, N = self.ops, self.config, self.B, self.T, self.B * self.T
         kept = {name: (B, T, channels) for name, channels in (self.attention.kept() | self.indexer.kept()).items()}
         shapes = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
@@ -315,7 +316,8 @@ class GPT2:
         tell_allocated(sum(map(total_bytes, (*layers, shared, self.acts))), "activations")
         self.layers = [SimpleNamespace(**vars(a), **vars(shared), seen=a.ln1.reshape(B, T, c.C)) for a in layers]
 
-    def allocate_gradients(self):
+    def allocate_gradients(self) -> None:
+        """The buffers of backward, at its first call."""
         ops, B, T, N, C, a = self.ops, self.B, self.T, self.B * self.T, self.config.C, vars(self.layers[0])
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(ops, self.shapes)
@@ -326,7 +328,7 @@ class GPT2:
         self.dacts = allocate(ops, shapes, ("target",))
         tell_allocated(total_bytes(self.dacts), "activation gradients")
 
-    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None):
+    def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
         for name in ("m", "v"):
             tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
@@ -394,9 +396,9 @@ class GPT2:
             self.allocate_gradients()
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
-            for name, gradient in vars(g).items():
+            for name, grad in vars(g).items():
                 if name not in self.written:
-                    gradient.fill(0)
+                    grad.fill(0)
         if indexer:
             for l in reversed(range(L)):
                 if dense:
@@ -406,7 +408,7 @@ class GPT2:
             self.divergences = [ops.to_host_later(a.kl) for a in self.layers]
         if not model:
             return
-        d.residual.fill(0)
+        d.residual.fill(0)  # (N,C)
         (headw, _), (dheadw, dheadb) = self.head(p), self.head(g)
         residual = self.layers[L - 1].residual3
         ops.matmul_backward(d.btc, dheadw, dheadb, acts.logits, acts.lnf, headw, beta)
@@ -601,7 +603,7 @@ def save(args: Namespace, model: GPT2, step: int, run: loop.Run, dense: bool):
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, for losses that overflow: reported below, once
     args, typed, file, state = options.parse_options(arguments(), argv, "train_sparse_attn.py")
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)

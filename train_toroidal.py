@@ -34,7 +34,7 @@ import numpy as np
 from kernels.cpu.torus.fusion_matrix import FUSIONS
 from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc import errors, loop, options, table
-from llmc.buffers import allocate, first_of, flat_buffer, tell_allocated
+from llmc.buffers import allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
 from llmc.errors import UserError
@@ -83,7 +83,7 @@ def arguments() -> ArgumentParser:
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
-# gradients that a matrix product writes in an update's first micro-step; all others are added to, from zero
+# gradients that their product writes in the first micro-step; all others are added to, and start from 0
 WRITTEN = ("wte", "qkvw", "attprojw", "fcw", "fcprojw")
 
 
@@ -117,7 +117,7 @@ class GPT2:
         self.lowest = 0 if learns is None else min(learns, default=config.L)  # the last layer that backward visits
         self.shapes = tensor_shapes(config) | extra_shapes(config, torus)
         self.trained = trained_shapes(config, torus, learns)
-        self.num_trained = sum(map(math.prod, self.trained.values()))
+        self.num_trained = num_values(self.trained)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
         self.fusion, self.has_factors = FUSIONS.index(torus.fusion), factor_shape(torus) is not None
         self.omega = device.zeros((len(torus.layers), torus.depth, torus.depth))  # mix the platters of a layer
@@ -128,6 +128,7 @@ class GPT2:
         self.text = []  # tokens that extend has seen, for a ring as long as the text
 
     def _ring(self, period: int) -> Ring:
+        """A ring of so many positions, with the frequencies of --rope where a layer is replaced."""
         s = self.torus
         if s.rope == "none" or not s.layers:
             return Ring(period, None, None)
@@ -135,17 +136,17 @@ class GPT2:
         dtype = self.params_flat.dtype
         return Ring(period, self.ops.to_device(w.astype(dtype)), self.ops.to_device(f.astype(dtype)))
 
-    def _layer_shapes(self, l: int, B: int, T: int, start: int = 0) -> dict[str, tuple[int, ...]]:
+    def layer_shapes(self, l: int, B: int, T: int, start: int = 0) -> dict[str, tuple[int, ...]]:
         """The activations of layer l in a pass over B rows of T tokens behind `start` earlier ones, but its output."""
         C, NH, D, N = self.config.C, self.config.NH, self.torus.depth, B * T
         shapes = {
             "ln1": (N, C),
             "ln1_mean": (N,),
             "ln1_rstd": (N,),
-            "qkv": (B, start + T, 3 * C),  # of the earlier tokens, too
-            "lse": (B, NH, T),  # log of the softmax's sum
+            "qkv": (B, start + T, 3 * C),  # a decoder's old rows, too
             "atty": (N, C),
-            "residual2": (N, C),
+            "lse": (B, NH, T),  # log of the sum of exp(score) over a query's keys
+            "residual2": (N, C),  # behind attention
             "ln2": (N, C),
             "ln2_mean": (N,),
             "ln2_rstd": (N,),
@@ -162,7 +163,7 @@ class GPT2:
         L, C, Vp, N = self.config.L, self.config.C, self.config.Vp, self.B * self.T
         return {
             "encoded": (N, C),
-            "residual3": (L, N, C),
+            "residual3": (L, N, C),  # behind the MLP of each layer
             "lnf": (N, C),
             "lnf_mean": (N,),
             "lnf_rstd": (N,),
@@ -172,14 +173,14 @@ class GPT2:
 
     def activation_bytes(self, recompute: bool) -> int:
         """What forward keeps for backward, logits included."""
-        layers = [self._layer_shapes(l, self.B, self.T) for l in range(self.config.L)]
-        sizes = [sum(map(math.prod, shapes.values())) for shapes in layers]
-        rest = sum(map(math.prod, self._shapes().values()))
-        return 4 * (rest + (max(sizes) if recompute else sum(sizes)))
+        layers = [self.layer_shapes(l, self.B, self.T) for l in range(self.config.L)]
+        sizes = [num_values(shapes) for shapes in layers]
+        return 4 * (num_values(self._shapes()) + (max(sizes) if recompute else sum(sizes)))
 
-    def _allocate_activations(self) -> None:
+    def allocate_activations(self) -> None:
+        """The buffers of forward, at its first call."""
         B, T = self.B, self.T
-        shapes = [self._layer_shapes(l, B, T) for l in range(self.config.L)]
+        shapes = [self.layer_shapes(l, B, T) for l in range(self.config.L)]
         if self.recompute:
             shared = allocate(self.ops, largest(shapes))
             self.layers = [first_of(shared, of_layer) for of_layer in shapes]
@@ -196,19 +197,19 @@ class GPT2:
         """
         ops, p, L, N = self.ops, self.params, self.config.L, self.B * self.T
         if self.acts is None:
-            self._allocate_activations()
-        a = self.acts
+            self.allocate_activations()
+        acts = self.acts
         ops.copy_in(self.inputs, inputs)
-        ops.encoder_forward(a.encoded, self.inputs, p.wte, p.wpe)
+        ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
         self._fusion_matrices()
         for l in range(L):
-            self._layer(l, self.layers[l], a.residual3[l], self._residual(l), self.ring, 0)
-        ops.layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, self._residual(L), p.lnfw, p.lnfb)
-        ops.matmul_forward(a.logits, a.lnf, p.wte)  # (N,Vp)
+            self.layer(l, self.layers[l], acts.residual3[l], self._residual(l), self.ring, 0)
+        ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, self._residual(L), p.lnfw, p.lnfb)
+        ops.matmul_forward(acts.logits, acts.lnf, p.wte)  # (N,Vp)
         if targets is not None:
             ops.copy_in(self.targets, targets.ravel())
-            ops.fused_classifier(a.losses, a.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses = ops.to_host_later(a.losses)
+            ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
+            self.losses = ops.to_host_later(acts.losses)
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
@@ -225,37 +226,37 @@ class GPT2:
             first, second = (p.fuse1[i], p.fuse2[i]) if self.has_factors else (None, None)
             self.ops.fusion_matrix_forward(self.omega[i], first, second, self.fusion)
 
-    def _layer(self, l: int, v: SimpleNamespace, out, residual, ring: Ring, start: int) -> None:
-        """Layer l at positions start..start+T-1: out (N,C) from residual (N,C), N = B*T; other activations to v.
+    def layer(self, l: int, a: SimpleNamespace, out, residual, ring: Ring, start: int) -> None:
+        """Layer l at positions start..start+T-1: out (N,C) from residual (N,C), N = B*T; other activations to a.
 
-        out may be residual; v.qkv (B,start+T,3C) holds queries, keys and values of the positions before start already.
+        out may be residual; a.qkv (B,start+T,3C) holds queries, keys and values of the positions before start already.
         """
         ops, p, s, NH, D = self.ops, self.params, self.torus, self.config.NH, self.torus.depth
         N, C = residual.shape
-        ops.layernorm_forward(v.ln1, v.ln1_mean, v.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-        qkv = v.qkv[:, start:]  # (B,T,3C)
-        ops.matmul_forward(qkv.reshape(N, 3 * C), v.ln1, p.qkvw[l], p.qkvb[l])
+        ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+        qkv = a.qkv[:, start:]  # (B,T,3C)
+        ops.matmul_forward(qkv.reshape(N, 3 * C), a.ln1, p.qkvw[l], p.qkvb[l])
         if l in s.layers:
             i = s.layers.index(l)
             if ring.w is not None:
                 ops.torus_rope_forward(qkv, ring.w, ring.f, NH, D, ring.period, start)
             lams, lamd, wrap = p.lams[i], p.lamd[i], self.wrap_depth  # (NH), (NH), 0 or 1
             ops.torus_attention_forward(
-                v.platters, v.lse, v.qkv, lams, lamd, NH, D, ring.period, s.window, wrap, self.causal, start
+                a.platters, a.lse, a.qkv, lams, lamd, NH, D, ring.period, s.window, wrap, self.causal, start
             )
-            ops.depth_fusion_forward(v.atty, v.platters, self.omega[i], NH, self.depth_major)
+            ops.depth_fusion_forward(a.atty, a.platters, self.omega[i], NH, self.depth_major)
         else:
-            ops.attention_forward(v.atty, v.lse, v.qkv, NH, start)
-        ops.matmul_forward(v.residual2, v.atty, p.attprojw[l], p.attprojb[l])
+            ops.attention_forward(a.atty, a.lse, a.qkv, NH, start)
+        ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], p.attprojb[l])
         ops.fused_residual_forward(
-            v.residual2, v.ln2, v.ln2_mean, v.ln2_rstd, v.residual2, residual, p.ln2w[l], p.ln2b[l]
+            a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
         )
-        ops.matmul_forward(v.fch, v.ln2, p.fcw[l], p.fcb[l])
-        ops.gelu_forward(v.fch_gelu, v.fch)
-        ops.matmul_forward(out, v.fch_gelu, p.fcprojw[l], p.fcprojb[l])
-        ops.residual_forward(out, out, v.residual2)
+        ops.matmul_forward(a.fch, a.ln2, p.fcw[l], p.fcb[l])
+        ops.gelu_forward(a.fch_gelu, a.fch)
+        ops.matmul_forward(out, a.fch_gelu, p.fcprojw[l], p.fcprojb[l])
+        ops.residual_forward(out, out, a.residual2)
 
-    def _allocate_gradients(self) -> None:
+    def allocate_gradients(self) -> None:
         """Gradients of what learns, of activations, and dparams: for each tensor of GPT-2 where its gradient goes.
 
         A tensor that does not learn has None there; a layernorm's, which its op computes anyway, go to normw and normb.
@@ -282,58 +283,58 @@ class GPT2:
 
         Nothing is computed below the lowest layer that learns.
         """
-        ops, p, a, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
+        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         if self.grads_flat is None:
-            self._allocate_gradients()
-        g, d = self.dparams, self.dacts
-        beta = 0 if first else 1
+            self.allocate_gradients()
+        g, d, beta = self.dparams, self.dacts, 0 if first else 1
         if first:
-            for name, tensor in vars(self.grads).items():
+            for name, grad in vars(self.grads).items():
                 if name not in WRITTEN:
-                    tensor.fill(0)
-        d.residual.fill(0)
+                    grad.fill(0)
+        d.residual.fill(0)  # (N,C)
         dqkv = d.qkv.reshape(self.B * self.T, -1)  # (N,3C)
 
-        ops.matmul_backward(d.btc, g.wte, None, a.logits, a.lnf, p.wte, beta)
-        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, self._residual(L), p.lnfw, a.lnf_mean, a.lnf_rstd)
+        ops.matmul_backward(d.btc, g.wte, None, acts.logits, acts.lnf, p.wte, beta)
+        residual = self._residual(L)
+        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, acts.lnf_mean, acts.lnf_rstd)
         for l in reversed(range(self.lowest, L)):
-            v, residual = self.layers[l], self._residual(l)
+            a, residual = self.layers[l], self._residual(l)
             if self.recompute and l < L - 1:  # the last layer's are still there
-                self._layer(l, v, a.residual3[l], residual, self.ring, 0)
-            ops.matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, v.fch_gelu, p.fcprojw[l], beta)
-            ops.gelu_backward(d.bt4c, v.fch, d.bt4c)
-            ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, v.ln2, p.fcw[l], beta)
+                self.layer(l, a, acts.residual3[l], residual, self.ring, 0)
+            ops.matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu, p.fcprojw[l], beta)
+            ops.gelu_backward(d.bt4c, a.fch, d.bt4c)
+            ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, a.ln2, p.fcw[l], beta)
             ops.layernorm_backward(
-                d.residual, g.ln2w[l], g.ln2b[l], d.btc, v.residual2, p.ln2w[l], v.ln2_mean, v.ln2_rstd
+                d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2, p.ln2w[l], a.ln2_mean, a.ln2_rstd
             )
-            ops.matmul_backward(d.btc, g.attprojw[l], g.attprojb[l], d.residual, v.atty, p.attprojw[l], beta)
+            ops.matmul_backward(d.btc, g.attprojw[l], g.attprojb[l], d.residual, a.atty, p.attprojw[l], beta)
             if l in self.torus.layers:
-                self._torus_backward(l, v)
+                self._torus_backward(l, a)
             else:
-                ops.attention_backward(d.qkv, d.btc, v.qkv, v.atty, v.lse, NH)
+                ops.attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, NH)
             if self.learns is not None and l == self.lowest:  # nothing in front of its attention learns
-                ops.matmul_backward(None, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
+                ops.matmul_backward(None, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, p.qkvw[l], beta)
                 return
-            ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, v.ln1, p.qkvw[l], beta)
-            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], v.ln1_mean, v.ln1_rstd)
+            ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, p.qkvw[l], beta)
+            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
         if self.learns is None:
             ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
 
-    def _torus_backward(self, l: int, v: SimpleNamespace) -> None:
+    def _torus_backward(self, l: int, a: SimpleNamespace) -> None:
         """d.qkv from d.btc, the gradient behind the fusion; and the gradients of the fusion's factors and of lambda."""
         ops, p, g, d, s, ring = self.ops, self.params, self.grads, self.dacts, self.torus, self.ring
         NH, D, P, window, wrap, causal = self.config.NH, s.depth, ring.period, s.window, self.wrap_depth, self.causal
         i = s.layers.index(l)
         omega, lams, lamd = self.omega[i], p.lams[i], p.lamd[i]
-        dplatters = v.atty  # a buffer that is free: the projection's matmul_backward was the last to read it
+        dplatters = a.atty  # a buffer that is free: the projection's matmul_backward was the last to read it
         d.omega.fill(0)
         domega = d.omega if self.has_factors else None
-        ops.depth_fusion_backward(dplatters, domega, d.btc, v.platters, omega, NH, self.depth_major)
+        ops.depth_fusion_backward(dplatters, domega, d.btc, a.platters, omega, NH, self.depth_major)
         if self.has_factors:
             ops.fusion_matrix_backward(g.fuse1[i], g.fuse2[i], domega, omega, p.fuse1[i], p.fuse2[i], self.fusion)
         dlams, dlamd = (g.lams[i], g.lamd[i]) if s.learn_lambda else (None, None)
         ops.torus_attention_backward(
-            d.qkv, dlams, dlamd, dplatters, v.qkv, v.platters, v.lse, lams, lamd, NH, D, P, window, wrap, causal
+            d.qkv, dlams, dlamd, dplatters, a.qkv, a.platters, a.lse, lams, lamd, NH, D, P, window, wrap, causal
         )
         if ring.w is not None:
             ops.torus_rope_backward(d.qkv, ring.w, ring.f, NH, D, P)
@@ -356,8 +357,8 @@ class GPT2:
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: zeros, or a checkpoint's, which keeps them for all parameters."""
-        tell_allocated(4 * self.num_trained, "AdamW optimizer state m")
-        tell_allocated(4 * self.num_trained, "AdamW optimizer state v")
+        for name in ("m", "v"):
+            tell_allocated(4 * self.num_trained, f"AdamW optimizer state {name}")
         self.m_flat, self.m = flat_buffer(self.ops, self.trained, None if m is None else self._of_what_learns(m))
         self.v_flat, self.v = flat_buffer(self.ops, self.trained, None if v is None else self._of_what_learns(v))
 
@@ -376,19 +377,19 @@ class GPT2:
 
     def _of_all(self, values: np.ndarray) -> np.ndarray:
         """Flat values of what learns -> those of all parameters, 0 for the rest."""
-        flat = np.zeros(sum(map(math.prod, self.shapes.values())), np.float32)
+        flat = np.zeros(num_values(self.shapes), np.float32)
         tensors = named_views(flat, self.shapes)
         for name, tensor in named_views(values, self.trained).items():
             tensors[name][self._rows(name)] = tensor
         return flat
 
-    def _allocate_decoder(self) -> None:
+    def allocate_decoder(self) -> None:
         """Buffers for a text of all positions; queries, keys and values by layer, all other activations shared."""
         C, Vp, L, maxT = self.config.C, self.config.Vp, self.config.L, self.config.maxT
-        shapes = largest([self._layer_shapes(l, 1, maxT) for l in range(L)])
+        shapes = largest([self.layer_shapes(l, 1, maxT) for l in range(L)])
         qkv = shapes.pop("qkv")
         shared = vars(allocate(self.ops, shapes))
-        once = {"residual": (maxT, C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,), "logits": (1, Vp)}
+        once = {"encoded": (maxT, C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,), "logits": (1, Vp)}
         self.decoder = allocate(self.ops, once | {"tokens": (1, maxT)}, ("tokens",))
         self.decoder_layers = [SimpleNamespace(**shared, qkv=self.ops.zeros(qkv)) for _ in range(L)]
 
@@ -403,16 +404,16 @@ class GPT2:
             self.text = [*self.text[:start], *tokens.tolist()]
             tokens, start, ring = np.array(self.text, np.int32), 0, self._ring(len(self.text))
         if self.decoder is None:
-            self._allocate_decoder()
+            self.allocate_decoder()
         ops, p, d, n = self.ops, self.params, self.decoder, len(tokens)
         if start == 0:
             self._fusion_matrices()  # an update may have changed the factors
         ops.copy_in(d.tokens[:, :n], tokens.reshape(1, n))
-        residual = d.residual[:n]
+        residual = d.encoded[:n]
         ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
         for l in range(self.config.L):
-            v = first_of(self.decoder_layers[l], self._layer_shapes(l, 1, n, start))
-            self._layer(l, v, residual, residual, ring, start)
+            a = first_of(self.decoder_layers[l], self.layer_shapes(l, 1, n, start))
+            self.layer(l, a, residual, residual, ring, start)
         ops.layernorm_forward(d.lnf, d.lnf_mean, d.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
         ops.matmul_forward(d.logits, d.lnf, p.wte)
         return ops.to_host(d.logits)[0, : self.config.V]
@@ -445,7 +446,7 @@ def save(args: Namespace, model: GPT2, step: int, run: loop.Run, extra: dict) ->
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for losses that overflow: reported below, once
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, for losses that overflow: reported below, once
     args, typed, file, state = options.parse_options(arguments(), argv, "train_toroidal.py")
     torus = choose_torus(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
@@ -478,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
     options.print_workload(steps, run.val_batches)
-    print(f"allocated {params.nbytes >> 20} MiB for model parameters")
+    tell_allocated(params.nbytes, "model parameters")
     if state:
         model.allocate_moments(state.m, state.v)
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")

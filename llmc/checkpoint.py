@@ -37,7 +37,7 @@ from llmc.files import (
 MAGIC = 20240326
 FLOAT32, BFLOAT16 = 3, 5  # versions
 DEEPSEEK_MAGIC, DEEPSEEK_VERSION = 20261122, 1
-DENSE, BANDED, SPARSE_ATTENTION, TOROIDAL = range(4)  # kinds
+DENSE, BANDED, SPARSE_ATTENTION, TOROIDAL = KINDS = range(4)
 BLOCK = 1 << 22  # values written at a time
 MAX_EXPERTS = 256
 MAX_FIELDS = HEADER_INTS - EXTENSION - 4
@@ -95,14 +95,21 @@ def trainer_of(model: Model) -> str | None:
     """The script that trains this kind of model; None for a plain GPT-2, which all of them take."""
     if isinstance(model.config, DeepSeekConfig):
         return "train_sparse_attn.py"
-    return {BANDED: "train_banded.py", SPARSE_ATTENTION: "train_sparse_attn.py", TOROIDAL: "train_toroidal.py"}.get(
-        model.kind
-    )
+    return {
+        BANDED: "train_banded.py",
+        SPARSE_ATTENTION: "train_sparse_attn.py",
+        TOROIDAL: "train_toroidal.py",
+    }.get(model.kind)
 
 
 def check_trains(path: str | os.PathLike, model: Model, trainer: str) -> None:
     """Raise UserError, naming the trainer to use, unless the model is a plain GPT-2 or of this trainer's kind."""
-    what = ("a GPT-2", "a GPT-2 with banded MLPs", "a GPT-2 with sparse attention", "a GPT-2 with toroidal attention")
+    what = {
+        DENSE: "a GPT-2",
+        BANDED: "a GPT-2 with banded MLPs",
+        SPARSE_ATTENTION: "a GPT-2 with sparse attention",
+        TOROIDAL: "a GPT-2 with toroidal attention",
+    }
     found = "a model with MLA or MoE" if isinstance(model.config, DeepSeekConfig) else what[model.kind]
     other = trainer_of(model)
     if other not in (None, trainer):
@@ -236,8 +243,8 @@ def read_model(path: str | os.PathLike) -> Model:
             extension, kind, num_extra = map(int, header[EXTENSION + 1 : EXTENSION + 4])
             if extension != EXTENSION_VERSION:
                 raise UserError(f"{path}: header extension {extension}, this program knows {EXTENSION_VERSION}", HINT)
-            if not DENSE <= kind <= TOROIDAL:
-                raise UserError(f"{path}: kind {kind}, expected {DENSE}..{TOROIDAL}", HINT)
+            if kind not in KINDS:
+                raise UserError(f"{path}: kind {kind}, expected {KINDS[0]}..{KINDS[-1]}", HINT)
             if num_extra < 0:
                 raise UserError(f"{path}: {num_extra} extra values, expected 0 or more", HINT)
             fields = tuple(map(int, header[EXTENSION + 4 :]))

@@ -73,8 +73,12 @@ def balance_loss(probs, load) -> float:
     return probs.shape[1] * (load / load.sum()) @ probs.mean(axis=0)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("kind", ["dense", "top-k", "top-p", "prefix", "oracle", "upstream indexer"])
+OF_EACH_MODEL = ("dense", "top-k", "top-p", "prefix", "oracle", "upstream indexer")
+DIFFERENTIATED = [("gpt2", kind) for kind in ("dense", *SPARSE)]
+DIFFERENTIATED += [(config, kind) for config in ("mla", "moe", "mla+moe") for kind in OF_EACH_MODEL]
+
+
+@pytest.mark.parametrize("config, kind", DIFFERENTIATED)
 def test_every_gradient_of_the_language_loss(config, kind):
     """Each tensor of the model against central differences in float64, 1e-6; none of it reaches the indexer."""
     sparsity = replace(SPARSE["top-k"], attention="dense") if kind == "dense" else SPARSE[kind]
