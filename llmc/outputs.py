@@ -54,6 +54,8 @@ def check_checkpoint(args: Namespace) -> None:
 def check_log(args: Namespace, typed: set[str]) -> None:
     """The part about -o. A resumed run goes on with the log it had; any other log that has lines is another's."""
     path = args.log
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        return  # a pipe or a device, as /dev/null, keeps nothing
     check_replaceable(path, "-o")
     if os.path.isdir(os.path.dirname(path) or "."):  # else Logger says what is missing
         lock.acquire(path, "-o")

@@ -169,6 +169,14 @@ def test_a_resumed_run_drops_what_came_after_its_save_and_says_so(call):
     assert "log.txt is gone: a new log begins with this run" in done(call("--resume c.bin -n 7")).out
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="not on Windows")
+def test_a_log_may_be_a_device_that_keeps_nothing(call):
+    before = snapshot(Path())
+    for _ in range(2):
+        assert len(losses(done(call("-n 2 -o /dev/null")).out)) == 2
+    assert snapshot(Path()) == before and not os.path.isfile("/dev/null")
+
+
 @pytest.mark.parametrize("name, flag", [("c.bin", "-c"), ("log.txt", "-o")])
 def test_a_read_only_file_is_refused_at_the_start(call, name, flag):
     done(call("-n 2 -c c.bin -o log.txt"))
