@@ -1,0 +1,921 @@
+"""kernels/cuda/runtime/runtime.py: against CuPy's own signatures, on a fake CuPy, and on a GPU where there is one."""
+
+import ast
+import ctypes
+import functools
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_cupy
+import numpy as np
+import pytest
+import tiny
+from availability import import_cupy, open_gpu, skip_off_linux
+from cuda_emulator import build
+from cuda_emulator.memory import DeviceArray
+from cuda_emulator.runtime import EmulatedRuntime
+
+import kernels
+import train_banded
+from kernels import cpu, driver
+from kernels.cuda.runtime import runtime as runtime_module
+from kernels.cuda.runtime import source
+from kernels.cuda.runtime.runtime import CudaError, Runtime
+from kernels.driver import NoDevice, NoDriver
+from llmc.errors import UserError
+from llmc.options import print_model
+
+ROOT = Path(__file__).parent.parent.parent
+RUNTIME = ROOT / "kernels" / "cuda" / "runtime" / "runtime.py"
+F = np.float32
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CuPy's side
+
+
+@pytest.fixture(scope="module")
+def cupy():
+    return import_cupy()
+
+
+# what is passed to each: by position and by name
+CALLS = {
+    "RawModule": ([], ["code", "options"]),
+    "RawModule.get_function": (["name"], []),
+    "RawKernel.__call__": (["grid", "block", "args"], ["shared_mem"]),
+    "zeros": (["shape", "dtype"], []),
+    "empty": (["shape", "dtype"], []),
+    "ndarray": (["shape", "dtype"], ["memptr"]),
+    "ndarray.set": (["arr"], []),
+    "ndarray.get": ([], ["out", "blocking"]),
+    "cuda.alloc_pinned_memory": (["size"], []),
+    "cuda.Event": ([], ["disable_timing"]),
+    "cuda.Event.record": ([], []),
+    "cuda.Event.synchronize": ([], []),
+    "cuda.get_cublas_handle": ([], []),
+    "cuda.runtime.getDevice": ([], []),
+    "cuda.runtime.getDeviceProperties": (["device"], []),
+    "cuda.runtime.memGetInfo": ([], []),
+    "cuda.runtime.deviceSynchronize": ([], []),
+}
+CUBLAS = {  # a signature, or a value of cublas_api.h
+    "sgemm": "sgemm(intptr_t handle, int transa, int transb, int m, int n, int k, size_t alpha, size_t A, int lda, "
+    "size_t B, int ldb, size_t beta, size_t C, int ldc)",
+    "setMathMode": "setMathMode(intptr_t handle, int mode)",
+    "CUBLAS_OP_N": 0,
+    "CUBLAS_OP_T": 1,
+    "CUBLAS_DEFAULT_MATH": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def cublas(cupy, tmp_path_factory) -> dict:
+    """{name: its value, or the signature of a function} of the real cupy.cuda.cublas.
+
+    It cannot be imported without cuBLAS, which is too large to have here. So it is given a library that has cuBLAS's
+    functions by name, and they do nothing: what CuPy's own module holds shows. That its file contains a name proves
+    nothing: debug information has names of the C header that Python never sees.
+    """
+    code = "import json, cupy; public = {n: v for n, v in vars(cupy.cuda.cublas).items() if n[0] != '_'}\n"
+    code += "print(json.dumps({n: v if isinstance(v, int) else v.__doc__ or '' for n, v in public.items()}))"
+    real = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    if real.returncode == 0:
+        return json.loads(real.stdout)
+    assert "libcublas" in real.stderr, real.stderr
+    skip_off_linux()
+    import cupy_backends
+
+    (module,) = Path(cupy_backends.__file__).parent.glob("cuda/libs/cublas.*")
+    folder = tmp_path_factory.mktemp("cublas")
+    functions = sorted(set(re.findall(rb"\x00(cublas[A-Z]\w+)\x00", module.read_bytes())))
+    (folder / "cublas.c").write_text("".join(f"void {name.decode()}(void) {{}}\n" for name in functions))
+    # what CuPy looks for, and what its module is linked with
+    for soname in set(re.findall(r"libcublas\w*\.so\.\d+", real.stderr + module.read_bytes().decode("latin-1"))):
+        options = ["-xc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", folder / soname]
+        subprocess.run([build.COMPILER, *options, folder / "cublas.c"], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# of which type an attribute is, where the type alone is looked at
+TYPES = {
+    "ndarray.data": "cuda.MemoryPointer",
+    "ndarray.device": "cuda.Device",
+    "ndarray.flags": "_core.flags.Flags",
+}
+
+
+def in_cupy(cupy, cublas: dict, name: str) -> bool:
+    """Whether the real CuPy has the dotted name."""
+    if name.startswith("cuda.cublas."):
+        return name.removeprefix("cuda.cublas.") in cublas
+    if name == "cuda.cublas":
+        return bool(cublas)
+    thing, so_far = cupy, ""
+    for part in name.split("."):
+        if not hasattr(thing, part):
+            return False
+        so_far = f"{so_far}.{part}".lstrip(".")
+        thing = in_type(cupy, TYPES[so_far]) if so_far in TYPES else getattr(thing, part)
+    return True
+
+
+def in_type(cupy, name: str):
+    return functools.reduce(getattr, name.split("."), cupy)
+
+
+def parameters(function) -> list[str]:
+    """The names of a function's parameters, `self` left out, from its signature or the one in its docstring."""
+    first = next((line for line in (function.__doc__ or "").splitlines() if re.match(r"\s*[\w.]+\(.*\)", line)), "")
+    if not first:
+        return [name for name in inspect.signature(function).parameters if name != "self"]
+    inside = re.sub(r"=\(\)", "", first)[len(first.partition("(")[0]) + 1 :].partition(")")[0]
+    words = (part.partition("=")[0].split() for part in inside.split(","))
+    return [word[-1] for word in words if word and word[-1] not in ("self", "*", "\\*")]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_cupy_takes_what_we_pass(cupy, name):
+    function = cupy
+    for part in name.split("."):
+        function = getattr(function, part)
+    if name == "RawKernel.__call__":  # its own line has **kwargs, the next one what they are
+        function = SimpleNamespace(__doc__=function.__doc__.partition("\n")[2])
+    found = parameters(function)
+    positional, named = CALLS[name]
+    assert found[: len(positional)] == positional
+    assert set(named) <= set(found[len(positional) :])
+
+
+def test_cupy_has_every_name_that_we_touch(cupy, cublas):
+    names = {name.removeprefix("cupy.") for name in names_used(RUNTIME)}
+    names |= {f"ndarray.{name}" for name in names_of_device_arrays()}
+    assert len(names) > 30 and [name for name in sorted(names) if not in_cupy(cupy, cublas, name)] == []
+    # that a name is missed: CuPy 14 had neither
+    assert not in_cupy(cupy, cublas, "cuda.cublas.CUBLAS_TF32_TENSOR_OP_MATH")
+    assert not in_cupy(cupy, cublas, "ndarray.data.address")
+
+
+def test_the_fake_has_no_name_that_cupy_lacks(fake, gpu, cupy, cublas):
+    """Nor one that the list in runtime.py lacks, so that a test on the fake is one of what is listed."""
+    offered = names_offered(fake) - FOR_TESTS
+    assert [name for name in sorted(offered) if not in_cupy(cupy, cublas, name)] == []
+    listed = {name.removeprefix("cupy.") for name in names_listed(RUNTIME)}
+    outer = {name.rpartition(".")[0] for name in listed} | {"cuda", "ndarray.device", "ndarray.flags"}
+    assert offered - listed - outer == set()
+    launchers = {f"ndarray.{name}" for name in names_of_device_arrays()}
+    assert listed - offered - launchers == set()
+    fake.module.cuda.cublas.CUBLAS_TF32_TENSOR_OP_MATH = 3
+    assert "cuda.cublas.CUBLAS_TF32_TENSOR_OP_MATH" in names_offered(fake)
+
+
+def test_errors_of_cupy(cupy):
+    error = cupy.cuda.compiler.CompileException("gelu.cu(3): error: no", "source", "name", ())
+    assert isinstance(error, Exception) and str(error) == "gelu.cu(3): error: no"
+    assert issubclass(cupy.cuda.runtime.CUDARuntimeError, RuntimeError)
+    assert issubclass(cupy.cuda.driver.CUDADriverError, RuntimeError)
+    assert issubclass(cupy.cuda.memory.OutOfMemoryError, MemoryError)
+
+
+def test_cublas_takes_what_we_pass(cublas):
+    for name, expected in CUBLAS.items():
+        found = cublas[name]
+        assert (found if isinstance(expected, int) else found.splitlines()[0]) == expected, name
+    assert runtime_module.CUBLAS_TF32_TENSOR_OP_MATH == 3  # cublas_api.h of CUDA 11.0 to 13.0
+
+
+def test_a_gpu_that_is_not_there_is_no_device(cupy):
+    """Real CuPy without a GPU, which is hidden where there is one; the driver made to look as if it showed one."""
+    code = "from kernels.cuda.runtime import runtime; runtime.check_driver = lambda: None; runtime.Runtime()"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1].startswith("kernels.driver.NoDevice: the GPU: cudaError")
+
+
+def test_cupy_is_imported_from_a_home_that_cannot_be_written(cupy):
+    """CuPy alone cannot: it makes its folder when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUPY_CACHE_DIR"} | {"HOME": os.devnull}
+
+    def run(code):
+        words = [sys.executable, "-c", code]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    ours = run("from kernels.cuda.runtime import runtime as r; print(r.open_cache()[0], r.import_cupy().__name__)")
+    assert ours.returncode == 0 and ours.stdout.endswith(" cupy\n"), ours
+    expected = f"{os.devnull}/.cupy/kernel_cache cannot be written; set CUPY_CACHE_DIR"
+    assert ours.stderr == f"compiling kernels in every run: {expected}\n"
+    assert not Path(ours.stdout.split()[0]).exists()  # removed at the end
+    assert run("import cupy").returncode == 1
+
+
+# what variables and attributes of runtime.py hold, where it is not seen from how they are assigned
+HOLD = {
+    "_cupy": "cupy",
+    "array": "cupy.ndarray",
+    "copy": "cupy.ndarray",
+    "out": "cupy.ndarray",
+    "a": "cupy.ndarray",
+    "b": "cupy.ndarray",
+    "value": "cupy.ndarray",
+    "_buffers": "cupy.ndarray",  # at each key
+    "copied": "cupy.cuda.Event",
+    "_copied": "cupy.cuda.Event",
+    "module": "cupy.RawModule",
+}
+
+
+def names_used(path: Path) -> set[str]:
+    """The dotted names of CuPy in a module: "cupy.cuda.runtime.getDevice", "cupy.ndarray.data.ptr", ..."""
+    tree, found, aliases = ast.parse(path.read_text()), set(), {}
+
+    def chain(node) -> str | None:
+        if isinstance(node, ast.Subscript):
+            return chain(node.value) if isinstance(node.value, ast.Attribute) and node.value.attr in HOLD else None
+        if isinstance(node, ast.Attribute):
+            if isinstance(node.value, ast.Name) and node.value.id == "self":
+                return HOLD.get(node.attr)
+            head = chain(node.value)
+            return head and f"{head}.{node.attr}"
+        return aliases.get(node.id, HOLD.get(node.id)) if isinstance(node, ast.Name) else None
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            pairs = zip(node.targets, [node.value])
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = zip(node.targets[0].elts, node.value.elts)
+            aliases |= {to.id: chain(value) for to, value in pairs if isinstance(to, ast.Name) and chain(value)}
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        name = chain(node) if isinstance(node, ast.Attribute) and id(node) not in inner else None
+        direct = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+        if name and not direct and name not in aliases.values():
+            found.add(name)
+    return found
+
+
+def names_of_device_arrays() -> set[str]:
+    """What the emulator's arrays have: trainers and launchers run on them in tests, so they use no more."""
+    public = {name for name in vars(DeviceArray) if name[0] != "_"} - {"values"}
+    return public | {"__len__", "__getitem__"}
+
+
+# what the fake has for tests to look at
+FOR_TESTS = {"ndarray.values", "ndarray.data.bytes", "cuda.Event.fake", "cuda.Event.position"}
+
+
+def names_offered(fake) -> set[str]:
+    """The dotted names, without "cupy.", that a FakeCupy offers to runtime.py."""
+    array = fake.module.zeros(1, np.float32)
+    objects = {
+        "ndarray": array,
+        "RawModule": fake.module.RawModule(code="", options=()),
+        "cuda.Event": fake.module.cuda.Event(disable_timing=True),
+    }
+    found = set()
+
+    def look(prefix: str, thing):
+        for name in (name for name in dir(thing) if name[0] != "_"):
+            found.add(prefix + name)
+            inner = objects.get(prefix + name, getattr(thing, name))
+            if isinstance(inner, SimpleNamespace | fake_cupy.Memory | fake.module.ndarray | fake_cupy.Event):
+                look(f"{prefix}{name}.", inner)
+
+    look("", fake.module)
+    return found
+
+
+def names_listed(path: Path) -> set[str]:
+    """The dotted names that the list in the module's docstring has."""
+    docstring, found = ast.get_docstring(ast.parse(path.read_text()), clean=False), set()
+    for line in re.findall(r"^    (cupy.*)$", re.sub(r"\([^()]*\)", "", docstring), re.MULTILINE):
+        prefix, colon, names = line.partition(": ")
+        if colon:
+            found |= {f"{prefix}.{name}" for name in names.split(", ")}
+        else:
+            found |= set(re.findall(r"cupy(?:\.\w+)+", line))
+    return found
+
+
+def test_runtime_uses_no_more_of_cupy_than_it_says():
+    listed, used = names_listed(RUNTIME), names_used(RUNTIME)
+    words = set(re.findall(r"\w+", RUNTIME.read_text()))
+    assert HOLD.keys() <= words
+    in_launchers = {f"cupy.ndarray.{name}" for name in names_of_device_arrays()}
+    assert used <= listed and listed - used <= in_launchers
+    assert {name for name in in_launchers if not any(f"{one}.".startswith(f"{name}.") for one in listed)} == set()
+    called = {f"cupy.{name}" for name in CALLS} | {f"cupy.cuda.cublas.{name}" for name in CUBLAS}
+    read = {"dtype", "shape", "ndim", "nbytes", "data", "data.ptr", "device.id", "flags.c_contiguous"}
+    assert used - called == {"cupy.cuda.compiler.CompileException"} | {f"cupy.ndarray.{name}" for name in read}
+
+
+def test_launchers_ask_a_runtime_for_what_both_runtimes_have():
+    used = set()
+    folder = RUNTIME.parents[1]
+    for path in {*folder.rglob("*.py")} - {*RUNTIME.parent.glob("*.py")}:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used |= {node.attr} if node.value.id in ("cuda", "runtime") else set()
+    assert used > {"launch", "scratch", "gemm", "memory", "name", "tf32"}
+    for runtime in (Runtime, EmulatedRuntime):
+        assigned = set(re.findall(r"self\.(\w+)", inspect.getsource(runtime.__init__) + inspect.getsource(runtime)))
+        assert used - set(dir(runtime)) - assigned == set(), runtime
+
+
+def test_nothing_else_imports_cupy():
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "build"]
+    files = [*ROOT.glob("*.py"), *(file for folder in folders for file in folder.rglob("*.py"))]
+    importing = {}
+    for path in files:
+        for line in re.findall(r"^ *((?:import|from) +cupy\b.*)$", path.read_text(), re.MULTILINE):
+            importing.setdefault(str(path.relative_to(ROOT)), []).append(line)
+    for path in ("tests/kernels/test_cuda_runtime.py", "tests/availability.py"):
+        importing.pop(path, None)
+    assert importing == {
+        "kernels/cuda/runtime/runtime.py": ["import cupy"],
+        "kernels/cuda/runtime/compile.py": ["from cupy.cuda import nvrtc"] * 2,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# on a fake CuPy
+
+
+PLANTED = {
+    "scale.cu": """
+extern "C" __global__ void __launch_bounds__(128)
+scale_kernel(float* __restrict__ out, const float* __restrict__ inp, float by, size_t first, int N) {}
+extern "C" __global__ void __launch_bounds__(128)
+scale_again_kernel(float* out, int N) {}
+""",
+    "count.cu": """
+extern "C" __global__ void __launch_bounds__(64)
+count_kernel(int* out, int N) {}
+""",
+}
+
+
+def scale(out, inp, by, first, N):
+    part = slice(int(first), int(first) + N)
+    out.flat[part] = inp.flat[part] * by
+
+
+def count(out, N):
+    out[:N] = np.arange(N)
+
+
+@pytest.fixture
+def driver_says(monkeypatch):
+    """driver_says(code=0, count=1): cuInit's answer and how many GPUs there are."""
+
+    def says(code=0, count=1):
+        def get_count(pointer):
+            pointer._obj.value = count
+            return 0
+
+        library = SimpleNamespace(cuInit=lambda flags: code, cuDeviceGetCount=get_count)
+        monkeypatch.setattr(driver.ctypes, "CDLL", lambda name: library)
+
+    return says
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path, driver_says):
+    """A FakeCupy in the place of CuPy, a driver with one GPU, and the planted kernels."""
+    for name, text in PLANTED.items():
+        (tmp_path / name).write_text(text)
+    planted = source.kernels(tmp_path)
+    monkeypatch.setattr(runtime_module.source, "kernels", lambda *_: planted)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    runtime_module.open_cache.cache_clear()
+    driver_says()
+    planted_in_python = {"scale_kernel": scale, "count_kernel": count, "scale_again_kernel": lambda out, N: None}
+    fake = fake_cupy.FakeCupy(kernels=planted_in_python)
+    monkeypatch.setitem(sys.modules, "cupy", fake.module)
+    yield fake
+    runtime_module.open_cache.cache_clear()
+
+
+@pytest.fixture
+def gpu(fake):
+    return Runtime()
+
+
+def test_arrays_go_there_and_back(gpu):
+    values = np.arange(12, dtype=F).reshape(3, 4)
+    array = gpu.to_device(values)
+    values[...] = -1
+    assert gpu.is_array(array) and not gpu.is_array(values)
+    assert gpu.to_host(array).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert gpu.to_host(gpu.zeros(3)).tolist() == [0, 0, 0]
+    assert gpu.to_host(gpu.zeros((1, 2), np.int32)).dtype == np.int32
+    assert gpu.name == "Fake GPU" and gpu.memory() == (50 << 30, 80 << 30)
+
+
+def test_copy_in_waits_for_nothing_but_its_own_last_copy(gpu, fake):
+    array, values = gpu.zeros((2, 2), np.int32), np.array([[1, 2], [3, 4]], np.int32)
+    gpu.synchronize()
+    fake.waits.clear()
+    gpu.copy_in(array, values)
+    values[...] = 9  # the copy is still to run
+    assert array.values.sum() == 0
+    assert gpu.to_host(array).tolist() == [[1, 2], [3, 4]]
+    gpu.copy_in(array, values)
+    between = gpu.to_host_later(array)
+    gpu.copy_in(array, values + 1)  # while the one before may not have run
+    assert gpu.to_host(array).tolist() == [[10, 10], [10, 10]]
+    assert between().tolist() == [[9, 9], [9, 9]]
+    assert "pageable copy" not in fake.waits
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (np.zeros((2, 3), F), r"values are float32\(2, 3\) for an array float32\(2, 2\)"),
+        (np.zeros((2, 2)), r"values are float64\(2, 2\)"),
+        ([[0, 0], [0, 0]], "values are a list"),
+    ],
+)
+def test_copy_in_refuses_another_shape_or_dtype(gpu, values, message):
+    with pytest.raises(TypeError, match=message):
+        gpu.copy_in(gpu.zeros((2, 2)), values)
+    with pytest.raises(TypeError, match="array is a ndarray, expected an array on Fake GPU"):
+        gpu.copy_in(np.zeros((2, 2), F), values)
+
+
+def test_to_host_later_waits_for_its_copy_alone(gpu, fake):
+    array, more = gpu.to_device(np.array([1, 2], F)), gpu.zeros(2)
+    later = gpu.to_host_later(array)
+    gpu.launch("scale_kernel", 1, 2, (array, array, 10, 0, 2))
+    gpu.launch("scale_kernel", 1, 2, (more, more, 1, 0, 2))
+    assert later().tolist() == [1, 2]
+    assert len(fake.queue) == 2  # the kernels after the copy have not run, and need not
+    second = gpu.to_host_later(array)
+    gpu.launch("scale_kernel", 1, 2, (array, array, 10, 0, 2))
+    third = gpu.to_host_later(array)  # its buffer is the second's, which nobody has fetched
+    gpu.launch("scale_kernel", 1, 2, (array, array, 10, 0, 2))
+    assert gpu.to_host(array).tolist() == [1000, 2000]
+    assert third().tolist() == [100, 200] and second().tolist() == [10, 20] and later().tolist() == [1, 2]
+
+
+def test_arrays_of_another_kind_are_refused(gpu, fake):
+    elsewhere, transposed = gpu.zeros((2, 2)), gpu.zeros((2, 2))
+    elsewhere.device.id, transposed.flags.c_contiguous = 1, False
+    for call in (gpu.to_host, gpu.to_host_later):
+        with pytest.raises(TypeError, match="array is a ndarray, expected an array on Fake GPU"):
+            call(elsewhere)
+        with pytest.raises(TypeError, match=r"array of shape \(2, 2\) is not C-contiguous"):
+            call(transposed)
+    assert len(fake.launches) == 2  # the probe's
+
+
+def test_scratch_is_kept_and_grows(gpu, fake):
+    first = gpu.scratch("sums", (2, 3))
+    assert first.shape == (2, 3) and first.dtype == F
+    assert gpu.scratch("sums", (2, 3)) is first
+    assert gpu.scratch("sums", 6).data.ptr == gpu.scratch("sums", 3, np.float64).data.ptr == first.data.ptr
+    assert gpu.scratch("other", 1).data.ptr != first.data.ptr
+    grown = gpu.scratch("sums", (2, 4))
+    assert grown.data.ptr != first.data.ptr and gpu.scratch("sums", (2, 3)).data.ptr == grown.data.ptr
+    assert [size for _, size in fake.allocations][-3:] == [24, 4, 32]
+
+
+def test_nothing_is_allocated_after_the_first_step(gpu, fake):
+    array, losses = gpu.zeros((4, 4)), gpu.zeros(4)
+
+    def step():
+        gpu.copy_in(array, np.eye(4, dtype=F))
+        gpu.gemm(gpu.scratch("product", (4, 4)), array, array, transb=True, beta=0.5)
+        gpu.launch("scale_kernel", 1, 4, (losses, array, 2.0, 0, 4))
+        return gpu.to_host_later(losses)
+
+    step()()
+    allocations = len(fake.allocations)
+    for _ in range(3):
+        assert step()().shape == (4,)
+    assert len(fake.allocations) == allocations
+
+
+# launches
+
+
+def test_launch_passes_what_the_kernel_declares(gpu, fake):
+    inp, out = gpu.to_device(np.arange(8, dtype=F)), gpu.zeros(8)
+    gpu.launch("scale_kernel", np.int64(3), (32, 2), (out, inp, 3, 2, 4), shared_mem=64)
+    assert fake.launches[-1] == ("scale_kernel", (3, 1, 1), (32, 2, 1), 64)
+    assert gpu.to_host(out).tolist() == [0, 0, 6, 9, 12, 15, 0, 0]
+    gpu.launch("count_kernel", (1, 1, 1), 64, (gpu.zeros(3, np.int32), 3))
+
+
+def test_launch_refuses_arguments_that_do_not_fit(gpu):
+    inp, ints = gpu.zeros(8), gpu.zeros(8, np.int32)
+    with pytest.raises(TypeError, match="scale_kernel: 2 arguments, expected 5"):
+        gpu.launch("scale_kernel", 1, 32, (inp, inp))
+    with pytest.raises(TypeError, match="scale_kernel: inp has dtype int32, expected float32"):
+        gpu.launch("scale_kernel", 1, 32, (inp, ints, 1.0, 0, 8))
+    with pytest.raises(TypeError, match="scale_kernel: out is a ndarray, expected an array on the device"):
+        gpu.launch("scale_kernel", 1, 32, (np.zeros(8, F), inp, 1.0, 0, 8))
+    with pytest.raises(TypeError, match=r"scale_kernel: N is 8.0, expected a number for int"):
+        gpu.launch("scale_kernel", 1, 32, (inp, inp, 1.0, 0, 8.0))
+    with pytest.raises(KeyError, match="no_kernel"):
+        gpu.launch("no_kernel", 1, 32, ())
+
+
+@pytest.mark.parametrize(
+    "grid, block, shared_mem, problem",
+    [
+        (0, 32, 0, r"grid \(0, 1, 1\), expected 1 to \(2147483647, 65535, 65535\)"),
+        (2**31, 32, 0, r"grid \(2147483648, 1, 1\)"),
+        ((1, 65536), 32, 0, r"grid \(1, 65536, 1\)"),
+        ((1, 1, 65536), 32, 0, r"grid \(1, 1, 65536\)"),
+        (1, 0, 0, r"block \(0, 1, 1\), expected 1 to \(1024, 1024, 64\)"),
+        (1, 129, 0, "129 threads a block, its launch bound is 128"),
+        (1, (64, 4), 0, "256 threads a block, its launch bound is 128"),
+        (1, 32, 49153, "49153 bytes of shared memory, at most 49152"),
+        (1, 32, -1, "-1 bytes of shared memory"),
+    ],
+)
+def test_launch_refuses_sizes_that_no_gpu_takes(gpu, fake, grid, block, shared_mem, problem):
+    with pytest.raises(ValueError, match=problem) as error:
+        gpu.launch("scale_kernel", grid, block, (gpu.zeros(8), gpu.zeros(8), 1.5, 0, 8), shared_mem)
+    assert "scale_kernel<<<(" in str(error.value)
+    assert "(out=float32(8,), inp=float32(8,), by=1.5, first=0, N=8)" in str(error.value)
+    assert len(fake.launches) == 2
+
+
+def test_sizes_are_whole_numbers_and_three_at_most(gpu):
+    args = (gpu.zeros(8, np.int32), 8)
+    with pytest.raises(TypeError, match="float"):
+        gpu.launch("count_kernel", 8 / 4, 32, args)
+    with pytest.raises(ValueError, match="more than three"):
+        gpu.launch("count_kernel", (1, 1, 1, 1), 32, args)
+
+
+def test_a_failed_launch_says_which(gpu, fake):
+    fake.launch_error = RuntimeError("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure")
+    with pytest.raises(CudaError) as error:
+        gpu.launch("count_kernel", 2, (8, 4), (gpu.zeros((4, 2), np.int32), 8), shared_mem=16)
+    expected = "count_kernel<<<(2, 1, 1), (8, 4, 1), 16>>>(out=int32(4, 2), N=8): CUDA_ERROR_LAUNCH_FAILED: unspecified"
+    assert error.value.message.startswith(expected)
+    assert "CUDA_LAUNCH_BLOCKING=1" in error.value.hint
+
+
+def test_an_error_that_a_wait_finds_is_no_traceback(gpu, fake, monkeypatch):
+    array = gpu.zeros(2)
+    later = gpu.to_host_later(array)
+
+    def fail(*_):
+        raise RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
+
+    monkeypatch.setattr(fake, "run", fail)
+    fake.module.cuda.runtime.deviceSynchronize = fail
+    for call, doing in (
+        (lambda: gpu.to_host(array), "copying to the host"),
+        (later, "copying to the host"),
+        (lambda: gpu.to_device(np.zeros(2)), "copying to the GPU"),
+        (gpu.synchronize, "waiting for the GPU"),
+    ):
+        with pytest.raises(CudaError, match=f"{doing}: cudaErrorIllegalAddress"):
+            call()
+
+
+# compilation
+
+
+def test_a_file_is_compiled_once(gpu, fake, capfd):
+    modules = []
+    compile_module = fake.module.RawModule
+    fake.module.RawModule = lambda code, options: modules.append((code, options)) or compile_module(code, options)
+    for _ in range(2):
+        gpu.launch("scale_again_kernel", 1, 1, (gpu.zeros(8), 8))
+        gpu.launch("count_kernel", 1, 1, (gpu.zeros(8, np.int32), 8))
+        gpu.launch("scale_kernel", 1, 1, (gpu.zeros(8), gpu.zeros(8), 1, 0, 8))
+    paths = [source.kernels()[name].path for name in ("scale_kernel", "count_kernel")]
+    assert modules == [(source.text(path), ("--std=c++17",)) for path in paths]
+
+
+def test_compiling_is_told_once_and_not_when_cupy_has_the_kernels(fake, tmp_path, capfd):
+    told = f"compiling kernels for Fake GPU, once: CuPy keeps them in {tmp_path / 'cache'}\n"
+    first = Runtime()
+    first.launch("count_kernel", 1, 1, (first.zeros(8, np.int32), 8))
+    assert capfd.readouterr().err == told
+    second = Runtime()
+    second.launch("count_kernel", 1, 1, (second.zeros(8, np.int32), 8))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_written(fake, tmp_path, monkeypatch, capfd):
+    """A read-only home: CuPy fails on import there, so it is given another folder."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    Runtime()
+    assert capfd.readouterr().err == (
+        f"compiling kernels in every run: {tmp_path / 'file' / 'cache'} cannot be written; set CUPY_CACHE_DIR\n"
+    )
+    folder, kept = runtime_module.open_cache()
+    assert not kept and Path(folder).is_dir() and folder != str(tmp_path / "file" / "cache")
+
+
+def test_a_compiler_error_shows_file_line_and_message(gpu, fake):
+    fake.compile_error = fake_cupy.CompileException('count.cu(3): error: identifier "x" is undefined\n\n1 error.\n')
+    with pytest.raises(CudaError) as error:
+        gpu.launch("count_kernel", 1, 1, (gpu.zeros(8, np.int32), 8))
+    lines = error.value.message.splitlines()
+    assert lines[:2] == ["compiling count.cu for Fake GPU:", 'count.cu(3): error: identifier "x" is undefined']
+
+
+def test_a_full_disk_and_a_module_that_does_not_load(gpu, fake):
+    array = gpu.zeros(8, np.int32)
+    fake.compile_error = OSError(28, "No space left on device")
+    with pytest.raises(UserError, match="No space left on device"):
+        gpu.launch("count_kernel", 1, 1, (array, 8))
+    fake.compile_error = RuntimeError("CUDA_ERROR_NO_BINARY_FOR_GPU")
+    with pytest.raises(CudaError, match=r"loading count.cu on Fake GPU: CUDA_ERROR_NO_BINARY_FOR_GPU"):
+        gpu.launch("count_kernel", 1, 1, (array, 8))
+
+
+# products
+
+
+@pytest.mark.parametrize("M, N, K", [(3, 5, 7), (1, 4, 6), (4, 1, 6), (5, 6, 1), (1, 1, 1), (2, 3, 3)])
+@pytest.mark.parametrize("transa", [False, True])
+@pytest.mark.parametrize("transb", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.25])
+def test_gemm(gpu, fake, M, N, K, transa, transb, beta):
+    random = np.random.default_rng(M * N * K)
+    a, b, c = (random.standard_normal(shape).astype(F) for shape in ((M, K), (K, N), (M, N)))
+    out = gpu.to_device(c if beta else np.full((M, N), np.nan, F))
+    arrays = [gpu.to_device(np.ascontiguousarray(x.T) if t else x) for x, t in ((a, transa), (b, transb))]
+    allocations = len(fake.allocations)
+    gpu.gemm(out, *arrays, transa=transa, transb=transb, beta=beta)
+    assert fake.launches[-1] == ("sgemm", (N, M, K)) and len(fake.allocations) == allocations
+    assert np.allclose(gpu.to_host(out), a @ b + (beta * c if beta else 0), atol=1e-5)
+
+
+def test_gemm_reads_beta_when_it_is_called(gpu):
+    """The products run later: beta of the first must not become the second's."""
+    one = gpu.to_device(np.ones((1, 1), F))
+    outs = [gpu.to_device(np.full((1, 1), 10, F)) for _ in range(2)]
+    gpu.gemm(outs[0], one, one, beta=1)
+    gpu.gemm(outs[1], one, one, beta=0)
+    assert [gpu.to_host(out).item() for out in outs] == [11, 1]
+
+
+def test_gemm_refuses_what_it_would_have_to_copy(gpu):
+    a, b, out = gpu.zeros((2, 3)), gpu.zeros((3, 4)), gpu.zeros((2, 4))
+    sliced = gpu.zeros((2, 3))
+    sliced.flags.c_contiguous = False
+    for arrays, message in (
+        ((out, np.zeros((2, 3), F), b), "gemm: a is a ndarray, expected an array on Fake GPU"),
+        ((out, sliced, b), r"gemm: a of shape \(2, 3\) is not C-contiguous"),
+        ((gpu.zeros((2, 4), np.float64), a, b), r"gemm: out is float64\(2, 4\), expected a float32 matrix"),
+        ((out, a, gpu.zeros((1, 3, 4))), r"gemm: b is float32\(1, 3, 4\), expected a float32 matrix"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            gpu.gemm(*arrays)
+    for arrays, options in (
+        ((out, a, a), {}),
+        ((out, a, b), {"transb": True}),
+        ((gpu.zeros((4, 2)), a, b), {}),
+        ((gpu.zeros((0, 4)), gpu.zeros((0, 3)), b), {}),
+    ):
+        with pytest.raises(ValueError, match=r"gemm: float32.* @ float32.* does not fit float32"):
+            gpu.gemm(*arrays, **options)
+
+
+def test_a_failed_product_says_which(gpu, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(gpu, "_sgemm", fail)
+    a = gpu.zeros((2, 2))
+    with pytest.raises(CudaError, match=r"gemm of float32\(2, 2\) and float32\(2, 2\) into .*EXECUTION_FAILED"):
+        gpu.gemm(gpu.zeros((2, 2)), a, a)
+
+
+def test_tf32_is_a_mode_of_cublas(fake, monkeypatch):
+    assert not Runtime().tf32 and fake.math_mode == (77, 0)
+    assert Runtime(tf32=True).tf32 and fake.math_mode == (77, 3)
+    older = fake_cupy.FakeCupy(major=7)
+    monkeypatch.setitem(sys.modules, "cupy", older.module)
+    assert not Runtime(tf32=True).tf32 and older.math_mode == (77, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# which device
+
+
+def check_falls_back(reason: str, capfd, silent=False):
+    """--device auto is the CPU and says `reason` on stderr, cuda refuses with it and a hint; stdout stays empty."""
+    capfd.readouterr()
+    assert kernels.open_device("auto") is cpu
+    said = capfd.readouterr()
+    if silent:
+        assert said.err == ""
+    else:
+        assert re.fullmatch(rf"running on the CPU: .*{reason}.*; --device cuda says what helps\n", said.err), said.err
+    with pytest.raises(UserError, match=f"--device cuda: .*{reason}") as error:
+        kernels.open_device("cuda")
+    assert 'pip install "cupy-cuda12x[ctk]"' in error.value.hint and "--device cpu" in error.value.hint
+    assert said.out == capfd.readouterr().out == ""
+    assert "\n" not in error.value.message
+
+
+def test_without_a_driver(monkeypatch, capfd):
+    """An ordinary laptop: nothing is said, nothing is imported."""
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "kernels.cuda.runtime.runtime", None)
+    check_falls_back("no NVIDIA driver", capfd, silent=True)
+    with pytest.raises(NoDriver):
+        driver.check_driver()
+
+
+@pytest.mark.parametrize(
+    "code, count, reason",
+    [
+        (100, 0, "the NVIDIA driver shows no GPU, CUDA_VISIBLE_DEVICES is ''"),
+        (0, 0, "the NVIDIA driver shows no GPU, CUDA_VISIBLE_DEVICES is ''"),
+        (803, 0, "the NVIDIA driver does not start, CUDA error 803; nvidia-smi may say why"),
+    ],
+)
+def test_without_a_gpu(driver_says, monkeypatch, capfd, code, count, reason):
+    driver_says(code, count)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_falls_back(reason, capfd)
+
+
+def test_without_cupy(fake, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "cupy", None)  # import raises ModuleNotFoundError
+    check_falls_back("CuPy is not installed", capfd)
+
+
+def test_with_a_cupy_that_does_not_load(fake, monkeypatch, tmp_path, capfd):
+    broken = tmp_path / "site"
+    (broken / "cupy").mkdir(parents=True)
+    banner = "try:\n    raise ImportError('libcublas.so.12: no such file')\nexcept ImportError as error:\n"
+    (broken / "cupy" / "__init__.py").write_text(banner + "    raise ImportError('====\\nFailed\\n====') from error\n")
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.syspath_prepend(str(broken))
+    check_falls_back("CuPy does not load: libcublas.so.12: no such file", capfd)
+    (broken / "cupy" / "__init__.py").write_text("import nothing_of_the_kind")
+    check_falls_back("CuPy does not load: No module named 'nothing_of_the_kind'", capfd)
+
+
+def test_with_a_driver_that_is_too_old(fake, capfd):
+    def fail():
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+
+    fake.module.cuda.runtime.getDevice = fail
+    check_falls_back("the GPU: cudaErrorInsufficientDriver: CUDA driver version is insufficient", capfd)
+
+
+def test_with_a_cupy_that_lacks_a_part(fake, capfd):
+    del fake.module.cuda.cublas
+    check_falls_back("Fake GPU: AttributeError .*cublas", capfd)
+
+
+def test_with_a_gpu_that_computes_nonsense(fake, capfd):
+    def wrong(out, step, N):
+        fake.probe(out, step, N)
+        out[3] = 7
+
+    fake.kernels["probe_kernel"] = wrong
+    Path(runtime_module.open_cache()[0]).mkdir(exist_ok=True)
+    with pytest.raises(NoDevice, match=r"Fake GPU: the probe kernel computed 7.0, expected 0.5"):
+        Runtime()
+    fake.kernels["probe_kernel"] = lambda out, step, N: None
+    with pytest.raises(NoDevice, match=r"Fake GPU: the probe kernel computed 0.0, expected -1.0"):
+        Runtime()
+    fake.kernels["probe_kernel"] = fake.probe
+    fake.module.cuda.cublas.sgemm = lambda *_: None
+    with pytest.raises(NoDevice, match=r"Fake GPU: cuBLAS computed 0.0, expected 5.0"):
+        Runtime()
+
+
+def test_with_a_gpu(fake, capfd):
+    for name in ("auto", "cuda"):
+        device = kernels.open_device(name)
+        assert device is not cpu and device.describe().startswith("Fake GPU")
+    assert kernels.open_device("cpu", tf32=False) is cpu
+
+
+def test_tf32_where_there_is_none_is_told(capfd):
+    assert kernels.open_device("cpu", tf32=True) is cpu
+    said = capfd.readouterr()
+    assert said.out == "" and re.fullmatch(r"--tf32 1 has no effect: no TF32 on CPU, NumPy .*\n", said.err)
+
+
+def test_tf32_in_the_trainers_table(folder, capfdbinary):
+    run = tiny.call(capfdbinary, train_banded.main, *tiny.options(), "-n", 1, "--device", "cpu", "--tf32", 1)
+    assert run.code == 0 and run.err.startswith("--tf32 1 has no effect: ")
+    assert f"| {'TF32':<21} | {'disabled':<50} |\n" in run.out
+    print_model("a GPU", True, tiny.CONFIG)
+    assert f"| {'TF32':<21} | {'enabled':<50} |\n".encode() in capfdbinary.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# on a GPU
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["float32", "tf32"])
+def real(request):
+    return open_gpu(tf32=request.param)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("M, N, K", [(64, 128, 256), (1, 50304, 768), (7, 5, 3)])
+@pytest.mark.parametrize("transa", [False, True])
+@pytest.mark.parametrize("transb", [False, True])
+def test_gemm_of_cublas(real, M, N, K, transa, transb):
+    random = np.random.default_rng(1)
+    a, b, c = (random.standard_normal(shape).astype(F) for shape in ((M, K), (K, N), (M, N)))
+    arrays = [real.to_device(np.ascontiguousarray(x.T) if t else x) for x, t in ((a, transa), (b, transb))]
+    for beta in (0, 1, 0.5):
+        out = real.to_device(c if beta else np.full((M, N), np.nan, F))
+        real.gemm(out, *arrays, transa=transa, transb=transb, beta=beta)
+        expected = a.astype(float) @ b + (beta * c if beta else 0)
+        error = np.abs(real.to_host(out) - expected).max() / np.sqrt(K)
+        print(f"gemm {M}x{N}x{K} beta {beta}: {error:.1e} sqrt(K)")
+        assert error < (5e-3 if real.tf32 else 5e-6)
+
+
+@pytest.mark.gpu
+def test_tf32_is_switched_on_where_it_is_asked_for(real):
+    """Operands keep 11 bits of 24: products of normal values are off by about 3e-4, the largest of many by 1e-3."""
+    random = np.random.default_rng(2)
+    a, b = (random.standard_normal((512, 512)).astype(F) for _ in range(2))
+    out = real.zeros((512, 512))
+    real.gemm(out, real.to_device(a), real.to_device(b))
+    error = np.abs(real.to_host(out) - a.astype(float) @ b).max() / np.sqrt(512)
+    print(f"tf32 {real.tf32}: {error:.1e} sqrt(K)")
+    assert 1e-4 < error < 5e-3 if real.tf32 else error < 5e-6
+
+
+@pytest.mark.gpu
+def test_copies_on_a_gpu(real):
+    array = real.zeros((256, 256))
+    laters = []
+    for i in range(10):
+        values = np.full((256, 256), i, F)
+        real.copy_in(array, values)
+        values[...] = -1
+        laters.append(real.to_host_later(array))
+    assert [np.unique(later()).tolist() for later in laters] == [[i] for i in range(10)]
+    assert real.to_host(array).mean() == 9
+
+
+@pytest.mark.gpu
+def test_memory_stays_as_it_is_after_the_first_step(real):
+    array, losses = real.zeros((64, 64)), real.zeros((64, 64))
+
+    def step():
+        real.copy_in(array, np.eye(64, dtype=F))
+        real.gemm(real.scratch("product", (64, 64)), array, array)
+        real.gemm(losses, array, real.scratch("product", (64, 64)), beta=1.0)
+        return real.to_host_later(losses)().sum()
+
+    step()
+    used, _ = real.memory()
+    sums = [step() for _ in range(20)]
+    assert sums == [64.0 * (i + 2) for i in range(20)]
+    assert real.memory()[0] == used
+
+
+BAD = """extern "C" __global__ void __launch_bounds__(32)
+large_kernel(float* out, int N) {
+    __shared__ float held[10240];
+    extern __shared__ float more[];
+    held[N + threadIdx.x] = out[threadIdx.x];
+    more[N + threadIdx.x] = out[threadIdx.x];
+    __syncthreads();
+    out[threadIdx.x] = held[N - threadIdx.x] + more[N];
+}
+"""
+
+
+@pytest.mark.gpu
+def test_errors_on_a_gpu(real, tmp_path, monkeypatch):
+    """40 KiB of static and 16 of dynamic shared memory, and a file that is not CUDA."""
+    (tmp_path / "large.cu").write_text(BAD)
+    (tmp_path / "wrong.cu").write_text(BAD.replace("large", "wrong").replace("held[N", "nowhere[N"))
+    monkeypatch.setattr(real, "_kernels", source.kernels(tmp_path))
+    out = real.zeros(32)
+    with pytest.raises(CudaError, match=r"large_kernel<<<.*, 16384>>>\(out=float32.*CUDA_ERROR_INVALID_VALUE"):
+        real.launch("large_kernel", 1, 32, (out, 0), shared_mem=16384)
+    with pytest.raises(CudaError, match=r'wrong.cu for .*:\n.*wrong\.cu\(5\): error: identifier "nowhere"'):
+        real.launch("wrong_kernel", 1, 32, (out, 0))
+    real.synchronize()

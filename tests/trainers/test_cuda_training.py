@@ -1,0 +1,85 @@
+"""train_banded.py and generate.py on the emulated GPU: llm.c's losses, the CPU's logits, the same bits every time."""
+
+import golden_run
+import numpy as np
+import pytest
+import tiny
+from cuda_emulator.runtime import EmulatedRuntime
+from test_golden import losses
+
+import generate
+import kernels
+import train_banded
+from kernels import cpu, cuda
+from llmc.checkpoint import read_model
+from llmc.init import gpt2_init
+
+pytestmark = pytest.mark.launches("gpt2", "band")
+
+
+@pytest.fixture
+def on_emulator(monkeypatch, emulator):
+    """A function that makes an emulated GPU the device of scripts; keyword arguments are EmulatedRuntime's."""
+
+    def use(**options) -> EmulatedRuntime:
+        runtime = EmulatedRuntime(**options)
+        monkeypatch.setattr(kernels, "open_device", lambda *arguments, **options: cuda.device(runtime))
+        return runtime
+
+    return use
+
+
+@pytest.mark.parametrize("name", golden_run.RUNS)
+def test_run_matches_the_c_reference(name, on_emulator, tmp_path, monkeypatch, capsys):
+    """All 41 training and 5 validation losses within 5e-5, parameters after 41 updates within 1e-4."""
+    on_emulator(mode="fast")
+    golden_run.write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert train_banded.main([*golden_run.WORKLOAD, *golden_run.RUNS[name], "-c", "final.bin"]) == 0
+    ours, reference = capsys.readouterr().out, (golden_run.GOLDEN / f"{name}.log").read_text()
+    assert "CUDA emulator" in ours
+    for kind, count in (("train", 41), ("val", 5)):
+        difference = np.abs(losses(ours, kind)[:count] - losses(reference, kind)).max()
+        print(f"{name}: {kind} losses within {difference:.1e}")
+        assert losses(reference, kind).size == count and difference <= 5e-5
+    params = read_model("final.bin").params
+    assert np.abs(params[:: golden_run.STRIDE] - golden_run.load()[name]).max() <= 1e-4
+
+
+BANDED = dict(model="model.bin", fc1_bandwidth=24, fc2_bandwidth=24, permute=3, grad_clip=0.5)
+
+
+def test_thread_schedule_changes_no_bit(on_emulator, folder, capsys):
+    """Five steps of a banded run, clipped and accumulated, under three orders of threads and blocks."""
+    options = tiny.options(**BANDED, steps=5, grad_accum=2, val_every=0, sample_every=0, checkpoint="c.bin")
+    files = []
+    for schedule in ("ascending", "descending", "random"):
+        on_emulator(mode="fast", schedule=schedule, seed=7)
+        assert train_banded.main(options) == 0
+        files.append((folder / "c.bin").read_bytes())
+    assert files[0] == files[1] == files[2]
+    assert files[0] != (folder / "model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("mask_init", [0, 1])
+def test_a_step_has_no_race_and_no_stray_access(mask_init, on_emulator, folder, capsys):
+    on_emulator(mode="check")
+    options = tiny.options(**BANDED, steps=2, mask_init=mask_init, val_every=1, val_batches=1, sample_every=2)
+    assert train_banded.main(options) == 0
+    assert "step    2/2: train loss" in capsys.readouterr().out
+
+
+def test_generate_gives_the_logits_of_the_cpu(on_emulator):
+    """Prompt, then token by token with the cache of keys and values."""
+    config, tokens = tiny.CONFIG, np.arange(12, dtype=np.int32)
+    runtime = on_emulator(mode="fast")
+    models = [train_banded.GPT2(device, config, gpt2_init(config, 3), 1, 1) for device in (cpu, cuda.device(runtime))]
+    for start, stop in ((0, 9), (9, 10), (10, 12)):
+        reference, ours = (model.extend(tokens[start:stop], start) for model in models)
+        assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+def test_generate_runs_on_the_device(on_emulator, folder, capsys):
+    on_emulator(mode="fast")
+    assert generate.main(["-e", "model.bin", "-n", "4", "-s", "3"]) == 0
+    assert capsys.readouterr().out
