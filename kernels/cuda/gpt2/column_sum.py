@@ -1,4 +1,4 @@
-"""Launcher of column_sum.cu."""
+"""Launchers of column_sum.cu."""
 
 from kernels.cuda.runtime.grid import ceil_div
 
@@ -8,6 +8,15 @@ WIDE = 2048  # columns from which on a block takes 32 of them: 16 would make mor
 
 def column_sum(cuda, out, inp):
     """As kernels.cpu.gpt2.column_sum.column_sum, in an order that depends on N and C alone."""
-    N, C = inp.shape
-    kernel, columns = ("column_sum_kernel", 16) if C <= WIDE else ("column_sum_wide_kernel", 32)
-    cuda.launch(kernel, ceil_div(C, columns), BLOCK, (out, inp, N, C))
+    _launch(cuda, out, out, inp, 1)
+
+
+def two_column_sums(cuda, out, out2, inp):
+    """out (C), out2 (C) += the sums over the rows of inp (2,N,C), in one launch."""
+    _launch(cuda, out, out2, inp, 2)
+
+
+def _launch(cuda, out, out2, inp, matrices):
+    N, C = inp.shape[-2:]
+    kernel, columns = ("column_sum_kernel", 16) if matrices * C <= WIDE else ("column_sum_wide_kernel", 32)
+    cuda.launch(kernel, (ceil_div(C, columns), matrices), BLOCK, (out, out2, inp, N, C))

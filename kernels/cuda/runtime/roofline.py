@@ -47,7 +47,7 @@ ROWS_OF_TABLE = [
     Row("layernorm_forward_kernel", "1", "2*N*C + 2*C + 2*N", "", "8*N*C"),
     Row("fused_residual_forward_kernel", "2*L", "4*N*C + 2*C + 2*N", "", "9*N*C"),
     Row("layernorm_backward_kernel", "2*L + 1", "4*N*C + C + 2*N", "4*N*C + 2*min(N, 512)*C + 2*N", "14*N*C"),
-    Row("column_sum_kernel (layernorm)", "4*L + 2", "min(N, 512)*C + 2*C", "", "min(N, 512)*C"),
+    Row("column_sum_kernel (layernorm)", "2*L + 1", "2*(min(N, 512) + 2)*C", "", "2*min(N, 512)*C"),
     Row("column_sum_kernel (bias)", "4*L", "(N + 2)*C9/4", "", "N*C9/4"),
     Row("add_bias_kernel", "4*L", "2*N*C9/4", "", "N*C9/4"),
     Row("gelu_forward_kernel", "L", "2*N*4*C", "", "9*N*4*C"),
