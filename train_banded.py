@@ -236,13 +236,15 @@ class GPT2:
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
         params, grads, m, v = vars(self.params), vars(self.grads), vars(self.m), vars(self.v)
         bands = {"fcw": self.skip_fc1, "fcprojw": self.skip_fc2}
+        updates = []  # all at once
         for name in self.shapes:
             tensors = (params[name], grads[name], m[name], v[name])
             decay = weight_decay if decay_all or name in MATRICES else 0.0
             if bands.get(name):
                 self.ops.band_adamw_update(*tensors, bands[name], t, lr, beta1, beta2, eps, decay, scale)
             else:
-                self.ops.adamw_update(*tensors, t, lr, beta1, beta2, eps, decay, scale)
+                updates.append((*tensors, t, lr, beta1, beta2, eps, decay, scale))
+        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
         self.mask_weights()
         return norm
 

@@ -480,6 +480,7 @@ class GPT2:
         norm = ops.global_norm(self.grads_flat[: self.own]) if grad_clip and t else None
         clip = grad_clip / norm if norm is not None and norm > grad_clip else 1.0
         grads, ms, vs = vars(self.grads), vars(self.m), vars(self.v)
+        updates = []  # all at once
         for name, param in vars(self.params).items():
             if name not in self.extra:
                 decay = weight_decay if decay_all or name in MATRICES else 0.0
@@ -488,7 +489,8 @@ class GPT2:
                 learns = dense if name in CONTROLLER else name != "controller"
                 step, rate, scale, decay = indexer_t if learns else 0, indexer_lr, 1.0, 0.0
             if step:
-                ops.adamw_update(param, grads[name], ms[name], vs[name], step, rate, 0.9, beta2, 1e-8, decay, scale)
+                updates.append((param, grads[name], ms[name], vs[name], step, rate, 0.9, beta2, 1e-8, decay, scale))
+        ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
         return norm
 
     def measure(self, inputs: np.ndarray, dense: bool = False) -> tuple[list[float], list[Agreement], float]:

@@ -345,14 +345,16 @@ class GPT2:
             self.allocate_moments()
         norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        updates = []  # all at once
         for name in self.trained:
             p, g, m, v = vars(self.params)[name], vars(self.grads)[name], vars(self.m)[name], vars(self.v)[name]
             decay = weight_decay if decay_all or name in MATRICES else 0.0
             if self.learns is None or name not in ATTENTION:
-                self.ops.adamw_update(p, g, m, v, t, lr, beta1, beta2, eps, decay, scale)
+                updates.append((p, g, m, v, t, lr, beta1, beta2, eps, decay, scale))
             else:
                 for i, l in enumerate(self.learns):
-                    self.ops.adamw_update(p[l], g[i], m[i], v[i], t, lr, beta1, beta2, eps, decay, scale)
+                    updates.append((p[l], g[i], m[i], v[i], t, lr, beta1, beta2, eps, decay, scale))
+        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
         return norm
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
