@@ -29,7 +29,7 @@ import numpy as np
 
 from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
 from llmc import errors, loop, options, table
-from llmc.buffers import allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
@@ -321,6 +321,7 @@ class GPT2:
         ops, B, T, N, C, a = self.ops, self.B, self.T, self.B * self.T, self.config.C, vars(self.layers[0])
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(ops, self.shapes)
+        self.added_to = all_but(self.written, self.grads_flat, self.shapes)
         shapes = dict(residual=(N, C), btc=(N, C))
         shapes |= {name: a[name].shape for part in self.parts for name in part.gradients}
         if self.sparsity.adaptive == "prefix":
@@ -396,9 +397,8 @@ class GPT2:
             self.allocate_gradients()
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
-            for name, grad in vars(g).items():
-                if name not in self.written:
-                    grad.fill(0)
+            for grads in self.added_to:
+                grads.fill(0)
         if indexer:
             for l in reversed(range(L)):
                 if dense:
