@@ -23,7 +23,7 @@ import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
 from llmc import errors, loop, options, table
-from llmc.buffers import allocate, first_of, flat_buffer, num_values, tell_allocated
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
@@ -187,6 +187,7 @@ class GPT2:
         B, T, C = self.B, self.T, self.config.C
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(self.ops, self.shapes)
+        self.added_to = all_but(WRITTEN, self.grads_flat, self.shapes)
         shapes = {
             "residual": (B * T, C),
             "btc": (B * T, C),
@@ -203,9 +204,8 @@ class GPT2:
             self.allocate_gradients()
         g, d, beta = self.grads, self.dacts, 0 if first else 1
         if first:
-            for name, grad in vars(g).items():
-                if name not in WRITTEN:
-                    grad.fill(0)
+            for grads in self.added_to:
+                grads.fill(0)
         d.residual.fill(0)  # (N,C)
         dqkv = d.qkv.reshape(self.B * self.T, -1)  # (N,3C)
 
@@ -236,13 +236,15 @@ class GPT2:
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
         params, grads, m, v = vars(self.params), vars(self.grads), vars(self.m), vars(self.v)
         bands = {"fcw": self.skip_fc1, "fcprojw": self.skip_fc2}
+        updates = []  # all at once
         for name in self.shapes:
             tensors = (params[name], grads[name], m[name], v[name])
             decay = weight_decay if decay_all or name in MATRICES else 0.0
             if bands.get(name):
                 self.ops.band_adamw_update(*tensors, bands[name], t, lr, beta1, beta2, eps, decay, scale)
             else:
-                self.ops.adamw_update(*tensors, t, lr, beta1, beta2, eps, decay, scale)
+                updates.append((*tensors, t, lr, beta1, beta2, eps, decay, scale))
+        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
         self.mask_weights()
         return norm
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
 from llmc import errors, loop, options, table
-from llmc.buffers import allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
@@ -321,6 +321,7 @@ class GPT2:
         ops, B, T, N, C, a = self.ops, self.B, self.T, self.B * self.T, self.config.C, vars(self.layers[0])
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(ops, self.shapes)
+        self.added_to = all_but(self.written, self.grads_flat, self.shapes)
         shapes = dict(residual=(N, C), btc=(N, C))
         shapes |= {name: a[name].shape for part in self.parts for name in part.gradients}
         if self.sparsity.adaptive == "prefix":
@@ -396,9 +397,8 @@ class GPT2:
             self.allocate_gradients()
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
-            for name, grad in vars(g).items():
-                if name not in self.written:
-                    grad.fill(0)
+            for grads in self.added_to:
+                grads.fill(0)
         if indexer:
             for l in reversed(range(L)):
                 if dense:
@@ -480,6 +480,7 @@ class GPT2:
         norm = ops.global_norm(self.grads_flat[: self.own]) if grad_clip and t else None
         clip = grad_clip / norm if norm is not None and norm > grad_clip else 1.0
         grads, ms, vs = vars(self.grads), vars(self.m), vars(self.v)
+        updates = []  # all at once
         for name, param in vars(self.params).items():
             if name not in self.extra:
                 decay = weight_decay if decay_all or name in MATRICES else 0.0
@@ -488,7 +489,8 @@ class GPT2:
                 learns = dense if name in CONTROLLER else name != "controller"
                 step, rate, scale, decay = indexer_t if learns else 0, indexer_lr, 1.0, 0.0
             if step:
-                ops.adamw_update(param, grads[name], ms[name], vs[name], step, rate, 0.9, beta2, 1e-8, decay, scale)
+                updates.append((param, grads[name], ms[name], vs[name], step, rate, 0.9, beta2, 1e-8, decay, scale))
+        ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
         return norm
 
     def measure(self, inputs: np.ndarray, dense: bool = False) -> tuple[list[float], list[Agreement], float]:

@@ -34,7 +34,7 @@ import numpy as np
 from kernels.cpu.torus.fusion_matrix import FUSIONS
 from kernels.cpu.torus.torus_rope import torus_frequencies
 from llmc import errors, loop, options, table
-from llmc.buffers import allocate, first_of, flat_buffer, num_values, tell_allocated
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
 from llmc.errors import UserError
@@ -265,6 +265,7 @@ class GPT2:
         N = B * T
         tell_allocated(4 * self.num_trained, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(self.ops, self.trained)
+        self.added_to = all_but(WRITTEN, self.grads_flat, self.trained)
         shapes = {"residual": (N, C), "btc": (N, C), "qkv": (B, T, 3 * C), "bt4c": (N, 4 * C)}
         self.dacts = d = allocate(self.ops, shapes | {"omega": (D, D), "normw": (C,), "normb": (C,)})
         if self.learns is None:
@@ -288,9 +289,8 @@ class GPT2:
             self.allocate_gradients()
         g, d, beta = self.dparams, self.dacts, 0 if first else 1
         if first:
-            for name, grad in vars(self.grads).items():
-                if name not in WRITTEN:
-                    grad.fill(0)
+            for grads in self.added_to:
+                grads.fill(0)
         d.residual.fill(0)  # (N,C)
         dqkv = d.qkv.reshape(self.B * self.T, -1)  # (N,3C)
 
@@ -345,14 +345,16 @@ class GPT2:
             self.allocate_moments()
         norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
         scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        updates = []  # all at once
         for name in self.trained:
             p, g, m, v = vars(self.params)[name], vars(self.grads)[name], vars(self.m)[name], vars(self.v)[name]
             decay = weight_decay if decay_all or name in MATRICES else 0.0
             if self.learns is None or name not in ATTENTION:
-                self.ops.adamw_update(p, g, m, v, t, lr, beta1, beta2, eps, decay, scale)
+                updates.append((p, g, m, v, t, lr, beta1, beta2, eps, decay, scale))
             else:
                 for i, l in enumerate(self.learns):
-                    self.ops.adamw_update(p[l], g[i], m[i], v[i], t, lr, beta1, beta2, eps, decay, scale)
+                    updates.append((p[l], g[i], m[i], v[i], t, lr, beta1, beta2, eps, decay, scale))
+        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
         return norm
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:

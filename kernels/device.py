@@ -103,6 +103,9 @@ class Device(Protocol):
     def adamw_update(self, params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
         """Update number t = 1, 2, ... of params, m, v, of one shape."""
 
+    def adamw_update_all(self, params, grads, m, v, updates):
+        """adamw_update(*update) for each of `updates`, whose arrays are views of these flat buffers."""
+
     # ------------------------------------------------------------------------------------------------------------------
     # band
 

@@ -1,6 +1,7 @@
 """Buffers of a model on a device: one flat array with a view per tensor, or an array per name."""
 
 from collections.abc import Iterator
+from itertools import groupby
 from math import prod
 from types import SimpleNamespace
 
@@ -18,6 +19,16 @@ def flat_buffer(device, shapes: dict[str, tuple[int, ...]], values: np.ndarray |
     """(flat, views): one float array for all `shapes`, of `values` or zeros, and a namespace with a view per name."""
     flat = device.zeros(num_values(shapes)) if values is None else device.to_device(values)
     return flat, SimpleNamespace(**named_views(flat, shapes))
+
+
+def all_but(names: tuple[str, ...], flat, shapes: dict[str, tuple[int, ...]]) -> list:
+    """Views of a flat_buffer of `shapes` that cover it all but the tensors `names`; neighbours are in one view."""
+    views, end = [], 0
+    for left_out, group in groupby(shapes, key=lambda name: name in names):
+        begin, end = end, end + num_values({name: shapes[name] for name in group})
+        if not left_out:
+            views.append(flat[begin:end])
+    return views
 
 
 def allocate(device, shapes: dict[str, tuple[int, ...]], ints: tuple[str, ...] = ()) -> SimpleNamespace:

@@ -2,6 +2,7 @@
 
 import ctypes
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class DeviceArray:
     ndim = property(lambda self: self.values.ndim)
     nbytes = property(lambda self: self.values.nbytes)
     flags = property(lambda self: self.values.flags)
+    data = property(lambda self: SimpleNamespace(ptr=address_of(self.values)))
 
     def __getitem__(self, index) -> "DeviceArray":
         index = index if isinstance(index, tuple) else (index,)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from check_op import check_twin, relative, rounded
+from check_op import TOL, check_twin, relative, rounded
 
-from kernels import cpu
+from kernels import cpu, cuda
 
 
 def test_adamw_follows_the_formula():
@@ -39,3 +39,38 @@ def test_adamw(runtime, n, offset, decay, scale):
     for t in (1, 1000):
         args = t, 1e-2, 0.9, 0.999, 1e-8, decay, scale
         check_twin(runtime, "adamw_update", params, grads, m, v * v, *args, offset=offset)
+
+
+@pytest.mark.parametrize("sizes", [(1030, 5, 64, 1024, 2051), (7,) * 70])  # 70: more than a warp looks at once
+def test_adamw_of_all_tensors(runtime, sizes):
+    """Tensors of two groups of settings, a third that is left out; in params they are two values further apart."""
+    buffers = [rounded(sum(sizes) + 2 * len(sizes), seed=seed).astype("f") for seed in range(4)]
+    buffers[3] *= buffers[3]
+    ours, twins = [runtime.to_device(buffer) for buffer in buffers], [buffer.copy() for buffer in buffers]
+    groups = (3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.7), (1000, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0), None
+
+    def updates(buffers):
+        begin, further = 0, 0
+        for i, size in enumerate(sizes):
+            views = [b[begin + further * (b is buffers[0]) :][:size] for b in buffers]
+            if groups[i % 3]:
+                yield *views, *groups[i % 3]
+            begin, further = begin + size, further + 2
+
+    device = cuda.device(runtime)
+    device.adamw_update_all(*ours, list(updates(ours)))
+    cpu.adamw_update_all(*twins, list(updates(twins)))
+    for array, twin, before in zip(ours, twins, buffers):
+        values = runtime.to_host(array)
+        assert relative(values, twin) < TOL
+        assert np.array_equal(values[twin == before], before[twin == before])
+
+
+def test_adamw_of_nothing_and_of_strangers(emulator):
+    device, flat, other = cuda.device(emulator), emulator.zeros(40), emulator.zeros(8)
+    settings = 1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0
+    device.adamw_update_all(flat, flat, flat, flat, [])
+    with pytest.raises(ValueError, match=r"\(8,\) is no part of the flat buffer of 40 values"):
+        device.adamw_update_all(flat, flat, flat, flat, [(other, flat, flat, flat, *settings)])
+    with pytest.raises(ValueError, match=r"gradient, m and v begin at \[0, 8\]"):
+        device.adamw_update_all(flat, flat, flat, flat, [(flat[:8], flat[:8], flat[:8], flat[8:16], *settings)])

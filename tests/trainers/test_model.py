@@ -59,6 +59,19 @@ def test_every_gradient_of_the_model(bands):
         assert not getattr(model.grads, name)[mask == 0].any()
 
 
+def test_what_is_added_to_starts_from_0():
+    """All but what a product writes: in GPT-2 five views, since neighbours are one."""
+    model = tiny_model(1, 4)
+    model.allocate_gradients()
+    model.grads_flat.fill(np.nan)
+    for grads in model.added_to:
+        grads.fill(0)
+    tensors = vars(model.grads).items()
+    assert {name for name, grad in tensors if np.isnan(grad).all()} == set(train_banded.WRITTEN)
+    assert all(name in train_banded.WRITTEN or not grad.any() for name, grad in tensors)
+    assert len(model.added_to) == 5
+
+
 def test_accumulated_gradients_equal_one_batch():
     """Two micro-steps of B = 2 are one step of B = 4: same loss, gradients within float64 rounding."""
     inputs, targets = batch(4, 5)

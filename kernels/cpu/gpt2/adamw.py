@@ -25,6 +25,16 @@ def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, gr
     for_blocks(values, flat[0].size, BLOCK)
 
 
+def adamw_update_all(params, grads, m, v, updates):
+    """adamw_update(*update) for each of `updates`, (views of params, grads, m, v, t, lr, ..., grad_scale).
+
+    params, grads, m, v: the flat buffers that hold all these views, which do not overlap; in the last three a tensor
+    begins at the same place. A GPU needs them to do it in one launch; here they are not looked at.
+    """
+    for update in updates:
+        adamw_update(*update)
+
+
 def update_views(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale):
     """The formula on views p, g, m, v of one shape. The bias corrections are folded into lr and eps:
 

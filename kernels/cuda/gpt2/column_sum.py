@@ -1,17 +1,22 @@
-"""Launcher of column_sum.cu."""
+"""Launchers of column_sum.cu."""
 
-from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div
+from kernels.cuda.runtime.grid import ceil_div
 
-ROWS = 64  # rows that a block of the first stage adds up
+BLOCK = 1024  # threads
+WIDE = 2048  # columns from which on a block takes 32 of them: 16 would make more blocks than a GPU runs at once
 
 
 def column_sum(cuda, out, inp):
-    """As kernels.cpu.gpt2.column_sum.column_sum, in an order that depends on N alone."""
-    N, C = inp.shape
-    columns, blocks = ceil_div(C, 4 * WARP), ceil_div(N, ROWS)
-    if blocks == 1:
-        cuda.launch("column_sum_kernel", (columns, 1), THREADS, (out, inp, N, C, N, 1))
-        return
-    partial = cuda.scratch("column_sum", (blocks, C))
-    cuda.launch("column_sum_kernel", (columns, blocks), THREADS, (partial, inp, N, C, ROWS, 0))
-    cuda.launch("column_sum_kernel", (columns, 1), THREADS, (out, partial, blocks, C, blocks, 1))
+    """As kernels.cpu.gpt2.column_sum.column_sum, in an order that depends on N and C alone."""
+    _launch(cuda, out, out, inp, 1)
+
+
+def two_column_sums(cuda, out, out2, inp):
+    """out (C), out2 (C) += the sums over the rows of inp (2,N,C), in one launch."""
+    _launch(cuda, out, out2, inp, 2)
+
+
+def _launch(cuda, out, out2, inp, matrices):
+    N, C = inp.shape[-2:]
+    kernel, columns = ("column_sum_kernel", 16) if matrices * C <= WIDE else ("column_sum_wide_kernel", 32)
+    cuda.launch(kernel, (ceil_div(C, columns), matrices), BLOCK, (out, out2, inp, N, C))

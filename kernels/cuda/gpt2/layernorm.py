@@ -1,6 +1,6 @@
 """Launchers of layernorm.cu."""
 
-from kernels.cuda.gpt2.column_sum import column_sum
+from kernels.cuda.gpt2.column_sum import two_column_sums
 from kernels.cuda.runtime.grid import BLOCKS, ceil_div, threads_for, warp_a_row
 from llmc.errors import UserError
 
@@ -30,5 +30,4 @@ def layernorm_backward(cuda, dinp, dweight, dbias, dout, inp, weight, mean, rstd
     partial = cuda.scratch("layernorm_backward", (2, blocks, C))
     kernel = "layernorm_backward_kernel" if 4 * threads >= C else "layernorm_backward_wide_kernel"
     cuda.launch(kernel, blocks, threads, (dinp, partial, dout, inp, weight, mean, rstd, N, C, rows))
-    column_sum(cuda, dweight, partial[0])
-    column_sum(cuda, dbias, partial[1])
+    two_column_sums(cuda, dweight, dbias, partial)

@@ -15,7 +15,7 @@
 
 and what launchers and trainers, which never import it, do with its arrays (tests/cuda_emulator/memory.py has no more):
 
-    cupy.ndarray: size, fill(value), reshape(shape), __len__(), __getitem__(integers and slices)
+    cupy.ndarray: size, data.ptr, fill(value), reshape(shape), __len__(), __getitem__(integers and slices)
 
 Everything runs in order on CuPy's current stream. No arithmetic is CuPy's own, which would allocate its results and
 launch kernels that nobody here has read. Which GPU is used, CUDA_VISIBLE_DEVICES says.
