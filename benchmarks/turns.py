@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kernels import open_device
 from kernels.cpu.blocks import num_threads
 from llmc.errors import UserError
 from llmc.files import atomic_write
@@ -48,6 +49,14 @@ def stop(workers: Iterable[subprocess.Popen]) -> None:
         worker.wait()
 
 
+def open_gpu():
+    """The GPU as a Device. Raises UserError, one line, where there is none that works."""
+    try:
+        return open_device("cuda")
+    except UserError as error:
+        raise UserError(error.message.replace("--device cuda", "no GPU")) from None
+
+
 def machine() -> str:
     """What the figures were measured on."""
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
@@ -61,10 +70,10 @@ def machine() -> str:
     )
 
 
-def write_section(title: str, text: str) -> None:
-    """Put `text` under the heading `title` into benchmarks/RESULTS.md, instead of what stood there."""
-    old = RESULTS.read_text() if RESULTS.exists() else "# Benchmarks\n"
+def write_section(title: str, text: str, page: Path = RESULTS) -> None:
+    """Put `text` under the heading `title` into a page, benchmarks/RESULTS.md, instead of what stood there."""
+    old = page.read_text() if page.exists() else "# Benchmarks\n"
     rest = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with atomic_write(RESULTS) as file:
+    page.parent.mkdir(exist_ok=True)
+    with atomic_write(page) as file:
         file.write(f"{rest.rstrip()}\n\n## {title}\n\n{text.strip()}\n".encode())
