@@ -1,4 +1,4 @@
-"""Check a GPU: a line for each check, ok or FAILED, and exit code 1 if one failed. Four minutes on an H100.
+"""Check a GPU: a line for each check, ok or FAILED, and exit code 1 if one failed. Meant for four minutes.
 
     make gpu_check
     python benchmarks/gpu_check.py --device cpu      # the same runs, fewer steps, on the CPU: tries the script itself

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +35,9 @@ def start(script: str, *arguments) -> subprocess.Popen:
 def turn(worker: subprocess.Popen, request: str = "") -> list[float]:
     """Send a worker a line and return its numbers. Raises UserError if it ended."""
     time.sleep(SETTLE)
-    worker.stdin.write(f"{request}\n")
-    worker.stdin.flush()
+    with suppress(BrokenPipeError):  # it ended
+        worker.stdin.write(f"{request}\n")
+        worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
         raise UserError(f"{' '.join(worker.args)}: stopped without an answer", "its own message is above")
@@ -45,7 +47,8 @@ def turn(worker: subprocess.Popen, request: str = "") -> list[float]:
 def stop(workers: Iterable[subprocess.Popen]) -> None:
     """Let workers end."""
     for worker in workers:
-        worker.stdin.close()
+        with suppress(BrokenPipeError):
+            worker.stdin.close()
         worker.wait()
 
 

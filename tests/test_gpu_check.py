@@ -30,7 +30,7 @@ def gpu_there() -> bool:
 
 
 @pytest.mark.skipif(gpu_there(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["gpu_check.py"])
+@pytest.mark.parametrize("script", ["gpu_check.py", "gpu_step_time.py"])
 def test_without_a_gpu(script):
     """One line, exit code 1, nothing written."""
     before = (ROOT / "benchmarks" / "GPU.md").read_bytes()
