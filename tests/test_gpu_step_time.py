@@ -15,6 +15,7 @@ from gpu_step_time import PROGRAMS, SIZES, Figure
 from kernel_times import PRODUCTS, Spent, Stopwatch
 
 from kernels import cpu
+from kernels.cuda import device as device_of
 from llmc.checkpoint import GPT2Config
 from llmc.errors import UserError
 
@@ -255,6 +256,87 @@ def test_table_of_kernels():
         "| 2 others | 1.000 | 25.0% | 3 | |",
         "| all | 4.000 | 100.0% | 22 | |",
     ]
+
+
+@pytest.mark.launches("gpt2", "band")
+def test_profile_of_a_step(emulator, monkeypatch):
+    """A dense step of 2 layers on the emulator: 4 products a layer and the head's, each three times; 2 gelus."""
+    paused = []
+    pause_kernel = SimpleNamespace(get_function=lambda name: lambda grid, block, args: paused.append(args))
+    event = lambda: SimpleNamespace(record=lambda: None)  # noqa: E731
+    cuda = SimpleNamespace(Event=event, get_elapsed_time=lambda start, stop: 0.25)
+    fake = SimpleNamespace(RawModule=lambda code, options: pause_kernel, cuda=cuda)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    size, at = gpt2_of(16), iter(range(1, 9))
+    step, batch = gpu_step_time.our_step("dense", size, device_of(emulator)), next(gpu_step_time.batches(size))
+    spent = kernel_times.measure(emulator, lambda pause: step(next(at), *batch, pause), steps=2)
+    assert len(paused) == 4 and next(at) == 7
+    assert spent[PRODUCTS].launches == 27 and spent[PRODUCTS].ms == 27 * 0.25
+    assert spent["gelu_forward_kernel"][:2] == (0.5, 2)
+    assert spent[PRODUCTS].shapes[0] == (32, 96, 32, 0.0)  # 2 rows of 16 tokens, the first layer's q, k and v
+    # the first micro-step writes every product's gradient
+    assert {beta for _, _, _, beta in spent[PRODUCTS].shapes} == {0}
+    names = kernel_times.names_of(size.config, size.B, size.T, 8, 2, 0)
+    assert f"| all | {0.25 * sum(each.launches for each in spent.values()):.3f} |" in kernel_times.table(
+        spent, names, H100, False
+    )
+
+
+@pytest.fixture
+def on_an_h100(tmp_path, monkeypatch):
+    """main on what seems to be an H100, with figures that are at hand."""
+    card = SimpleNamespace(describe=lambda: f"{H100}, 532 of 81079 MiB used")
+    monkeypatch.setattr(turns, "open_gpu", lambda: card)
+    monkeypatch.setattr(gpu_step_time, "versions", lambda name: f"{name}, driver 580, CUDA 13.0, CuPy 14.2.0")
+    monkeypatch.setattr(gpu_step_time, "torch_version", lambda: "PyTorch 2.11.0 for CUDA 13.0")
+    monkeypatch.setattr(gpu_step_time, "PAGE", tmp_path / "GPU.md")
+    monkeypatch.setattr(gpu_step_time, "profiles", lambda *of: [f"kernels of {of}"])
+    monkeypatch.setattr(gpu_step_time, "run_llmc", lambda folder, size, precision, steps: Figure(58.0, 4000))
+    monkeypatch.setenv("LLMC", str(tmp_path))
+    asked = []
+
+    def compare(name, pairs, steps, device):
+        asked.append((name, pairs, steps, device))
+        return {pair: Figure(10.0, 500, 10.9) for pair in pairs}
+
+    monkeypatch.setattr(gpu_step_time, "compare", compare)
+    (tmp_path / "GPU.md").write_text("# On a GPU\n\n## another\n\ntext\n")
+    return SimpleNamespace(page=tmp_path / "GPU.md", asked=asked)
+
+
+def test_all_of_it_writes_a_section(on_an_h100, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_step_time.py", "--profile"])
+    assert gpu_step_time.main() == 0
+    assert [(name, len(pairs), steps, device) for name, pairs, steps, device in on_an_h100.asked] == [
+        ("124M", 12, 12, "cuda"), ("tiny", 12, 12, "cuda"), ("long", 12, 12, "cuda")
+    ]  # fmt: skip
+    assert ("dense", "bfloat16") not in on_an_h100.asked[0][1] and ("compiled", "bfloat16") in on_an_h100.asked[0][1]
+    text = on_an_h100.page.read_text()
+    assert text.startswith("# On a GPU\n\n## another\n\ntext\n\n## NVIDIA H100 80GB HBM3, 2")
+    assert f": make bench_gpu\n\n{H100}, driver 580, CUDA 13.0, CuPy 14.2.0, 2" in text
+    assert text.count("| C=768 L=4 B=1 T=4096 |") == 6 and text.count("| llm.c | 58.00 | 4000 |") == 3
+    assert text.count("kernels of ") == 6 and f"kernels of ('long', 'tf32', '{H100}')" in text
+    assert capsys.readouterr().out.count("first losses of the dense programs within 0.0e+00") == 3
+
+
+@pytest.mark.parametrize("flags", ["--sizes 124M", "--precisions tf32,float32", "--steps 3"])
+def test_a_part_of_it_writes_nothing(on_an_h100, monkeypatch, flags):
+    before = on_an_h100.page.read_text()
+    monkeypatch.setattr(sys, "argv", ["gpu_step_time.py", *flags.split()])
+    assert gpu_step_time.main() == 0 and on_an_h100.page.read_text() == before
+
+
+def test_versions(monkeypatch):
+    """As nvidia-smi and CuPy tell them; without nvidia-smi the driver is unknown."""
+    runtime = SimpleNamespace(runtimeGetVersion=lambda: 12090)
+    fake = SimpleNamespace(__version__="14.2.0", cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(gpu_step_time, "torch_version", lambda: "")
+    monkeypatch.setenv("PATH", "")
+    assert gpu_step_time.versions(H100) == f"{H100}, driver unknown, CUDA 12.9, CuPy 14.2.0, no PyTorch"
+    smi = SimpleNamespace(stdout="580.95.05\n580.95.05\n")
+    monkeypatch.setattr(gpu_step_time.subprocess, "run", lambda *args, **options: smi)
+    assert "driver 580.95.05, CUDA 12.9" in gpu_step_time.versions(H100)
 
 
 def test_workers_that_end_are_told():
