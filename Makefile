@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse diff | clean help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff | clean help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -116,6 +116,12 @@ bench_band: setup  ## the products of banded MLPs against dense ones, written to
 
 bench_sparse: setup  ## sparse attention, masked and gathered, against dense, written to benchmarks/RESULTS.md
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/sparse_attention.py
+
+bench_gpu: setup  ## on a GPU: milliseconds a step beside PyTorch and llm.c (LLMC=its folder), written to benchmarks/GPU.md
+	$(PY) benchmarks/gpu_step_time.py
+
+gpu_check: $(VENV)/test-ready  ## on a GPU: tests, llm.c's losses, resume, two equal runs, compute-sanitizer
+	$(PY) benchmarks/gpu_check.py
 
 diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden

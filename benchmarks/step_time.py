@@ -62,14 +62,17 @@ def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
     return step
 
 
-def torch_step(config: GPT2Config, B: int, T: int):
-    """The same in PyTorch as one writes it today: scaled_dot_product_attention, cross_entropy, fused AdamW."""
+def torch_step(config: GPT2Config, B: int, T: int, device: str = "cpu", compiled=False, bfloat16=False):
+    """The same in PyTorch as one writes it today: scaled_dot_product_attention, cross_entropy, fused AdamW.
+
+    compiled: by torch.compile; bfloat16: under autocast, which keeps parameters and AdamW in float32.
+    """
     import torch
     import torch.nn.functional as F
 
     C, NH = config.C, config.NH
     tensors = named_views(gpt2_init(config, 1), tensor_shapes(config))
-    p = {name: torch.nn.Parameter(torch.from_numpy(tensor.copy())) for name, tensor in tensors.items()}
+    p = {name: torch.nn.Parameter(torch.tensor(tensor, device=device)) for name, tensor in tensors.items()}
     p["wte"] = torch.nn.Parameter(p["wte"].detach()[: config.V].clone())
     for name in set(p) - {"wte", "wpe", "lnfw", "lnfb"}:  # a parameter for each layer, as modules have them
         p[name] = [torch.nn.Parameter(layer.detach().clone()) for layer in p[name]]
@@ -89,11 +92,17 @@ def torch_step(config: GPT2Config, B: int, T: int):
         logits = F.linear(F.layer_norm(x, (C,), p["lnfw"], p["lnfb"]), p["wte"])
         return F.cross_entropy(logits.view(B * T, -1), targets.reshape(-1))
 
+    forward = torch.compile(forward) if compiled else forward
+
     def step(t: int, inputs: np.ndarray, targets: np.ndarray) -> float:
-        loss = forward(torch.from_numpy(inputs).long(), torch.from_numpy(targets).long())
+        tokens, labels = (torch.from_numpy(values).long().to(device) for values in (inputs, targets))
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            loss = forward(tokens, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return loss.item()
 
     return step

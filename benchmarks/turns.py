@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
+from kernels import open_device
 from kernels.cpu.blocks import num_threads
 from llmc.errors import UserError
 from llmc.files import atomic_write
@@ -33,8 +35,9 @@ def start(script: str, *arguments) -> subprocess.Popen:
 def turn(worker: subprocess.Popen, request: str = "") -> list[float]:
     """Send a worker a line and return its numbers. Raises UserError if it ended."""
     time.sleep(SETTLE)
-    worker.stdin.write(f"{request}\n")
-    worker.stdin.flush()
+    with suppress(BrokenPipeError):  # it ended
+        worker.stdin.write(f"{request}\n")
+        worker.stdin.flush()
     answer = worker.stdout.readline()
     if not answer:
         raise UserError(f"{' '.join(worker.args)}: stopped without an answer", "its own message is above")
@@ -44,8 +47,17 @@ def turn(worker: subprocess.Popen, request: str = "") -> list[float]:
 def stop(workers: Iterable[subprocess.Popen]) -> None:
     """Let workers end."""
     for worker in workers:
-        worker.stdin.close()
+        with suppress(BrokenPipeError):
+            worker.stdin.close()
         worker.wait()
+
+
+def open_gpu():
+    """The GPU as a Device. Raises UserError, one line, where there is none that works."""
+    try:
+        return open_device("cuda")
+    except UserError as error:
+        raise UserError(error.message.replace("--device cuda", "no GPU")) from None
 
 
 def machine() -> str:
@@ -61,10 +73,10 @@ def machine() -> str:
     )
 
 
-def write_section(title: str, text: str) -> None:
-    """Put `text` under the heading `title` into benchmarks/RESULTS.md, instead of what stood there."""
-    old = RESULTS.read_text() if RESULTS.exists() else "# Benchmarks\n"
+def write_section(title: str, text: str, page: Path = RESULTS) -> None:
+    """Put `text` under the heading `title` into a page, benchmarks/RESULTS.md, instead of what stood there."""
+    old = page.read_text() if page.exists() else "# Benchmarks\n"
     rest = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", old, flags=re.DOTALL)
-    RESULTS.parent.mkdir(exist_ok=True)
-    with atomic_write(RESULTS) as file:
+    page.parent.mkdir(exist_ok=True)
+    with atomic_write(page) as file:
         file.write(f"{rest.rstrip()}\n\n## {title}\n\n{text.strip()}\n".encode())

@@ -15,6 +15,7 @@ import numpy as np
 from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
+from llmc.mfu import card_name, described
 from llmc.options import command, saved_options
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
@@ -124,6 +125,13 @@ def save(
         print(f"dropped {dropped.name}, which an earlier run left")
     megabytes = os.path.getsize(args.checkpoint) / 2**20
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
+
+
+def print_mfu(args: Namespace, device, config: GPT2Config, seconds: float) -> None:
+    """With --mfu 1, the line behind that of a step which took so many seconds."""
+    if args.mfu:
+        tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
+        print(described(card_name(device.describe()), device.tf32, config, tokens, T, seconds), flush=True)
 
 
 def print_stopped(args: Namespace, step: int, start: int) -> None:

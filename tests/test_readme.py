@@ -45,7 +45,7 @@ SCRIPTS += [
     for path in sorted(ROOT.glob(f"{folder}/*.py"))
 ]
 SCRIPTS += ["tests/golden_run.py", "tests/check_gpt2.py", "tests/cuda_emulator/build.py"]
-LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py"}  # no command
+LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py", "benchmarks/kernel_times.py"}  # no command
 # without a parser: how many words they take
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
 WORDS |= {"-m kernels.cuda.runtime.roofline": 0}
