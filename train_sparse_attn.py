@@ -611,7 +611,6 @@ def main(argv: list[str] | None = None) -> int:
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     device = kernels.open_device(args.device, args.tf32)
-
     run = loop.open_run(args, config, state)
     start, steps, warmup = run.start, run.steps, args.indexer_warmup
 

@@ -466,7 +466,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     best, worse = best_so_far(args, state)  # worse: validations since the best
     device = kernels.open_device(args.device, args.tf32)
-
     run = loop.open_run(args, config, state, args.epochs)
     start, steps = run.start, run.steps
 
