@@ -71,9 +71,9 @@ __device__ __forceinline__ float odd_bf16(unsigned word) { return __uint_as_floa
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// two words travel together, so that a product takes 16 shuffles
+// two words travel together, so that a product takes 16 shuffles. Not inlined: g++ would take twice as long
 template <bool BF16>
-__device__ __forceinline__ void mma_by_shuffles(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ void mma_by_shuffles(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     typedef unsigned long long Two;
     const int lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const Two first = a[0] | (Two)a[1] << 32, second = a[2] | (Two)a[3] << 32, both = b0 | (Two)b1 << 32;
