@@ -38,6 +38,18 @@ class Event:
         self.fake.run(self.position)
 
 
+class RawKernel:
+    """A kernel of a module; launched: what happens when it is called."""
+
+    def __init__(self, launched):
+        self._launched, self.max_dynamic_shared_size_bytes = launched, 48 << 10
+
+    def __call__(self, grid, block, args, shared_mem=0):
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise RuntimeError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+        self._launched(grid, block, args, shared_mem)
+
+
 class FakeCupy:
     """module stands for cupy, and has nothing that CuPy lacks. allocations: what was asked for; launches, waits: what
     was done, in order."""
@@ -100,7 +112,12 @@ class FakeCupy:
             compiler=SimpleNamespace(CompileException=CompileException),
         )
         self.module = SimpleNamespace(
-            ndarray=ndarray, empty=self.empty, zeros=self.zeros, RawModule=self.RawModule, cuda=cuda
+            ndarray=ndarray,
+            empty=self.empty,
+            zeros=self.zeros,
+            RawModule=self.RawModule,
+            RawKernel=RawKernel,
+            cuda=cuda,
         )
 
     def enqueue(self, operation):
@@ -143,7 +160,7 @@ class FakeCupy:
             entry.write_bytes(b"cubin")
         assert f"{name}(" in code
 
-        def kernel(grid, block, args, shared_mem=0):
+        def launched(grid, block, args, shared_mem):
             assert [type(size) for size in (*grid, *block)] == [int] * 6
             assert all(isinstance(a, self.ndarray) or type(a) in (np.int32, np.float32, np.uint64) for a in args)
             if self.launch_error:
@@ -151,7 +168,7 @@ class FakeCupy:
             self.launches.append((name, grid, block, shared_mem))
             self.enqueue(lambda: self.kernels[name](*(getattr(a, "values", a) for a in args)))
 
-        return kernel
+        return RawKernel(launched)
 
     @staticmethod
     def probe(out, step, N):

@@ -59,6 +59,7 @@ struct Launch {
     const Argument* arguments;  // those that are arrays
     char* error;                // room for ERROR_BYTES; "" when all went well
     uint64_t shared_bytes;      // dynamic shared memory
+    uint64_t shared_limit;      // static and dynamic
     uint64_t seed;
     uint3 grid, block;
     int32_t argument_count;

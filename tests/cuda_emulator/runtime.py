@@ -15,7 +15,7 @@ import numpy as np
 from cuda_emulator import build
 from cuda_emulator.memory import ALIGNMENT, GUARD, DeviceArray, Memory, address_of
 from kernels.cuda.runtime import source
-from kernels.cuda.runtime.runtime import check_launch, shown, shown_launch
+from kernels.cuda.runtime.runtime import check_launch, shared_limit, shown, shown_launch
 
 SCHEDULES = ("ascending", "descending", "random")
 ERROR_BYTES = 2000
@@ -47,6 +47,7 @@ class _Launch(ctypes.Structure):
         ("arguments", ctypes.c_void_p),
         ("error", ctypes.c_void_p),
         ("shared_bytes", ctypes.c_uint64),
+        ("shared_limit", ctypes.c_uint64),
         ("seed", ctypes.c_uint64),
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
@@ -62,8 +63,10 @@ class EmulatedRuntime:
 
     mode "fast" runs blocks on all cores and notices misused barriers and collectives; "check" also finds data races,
     accesses out of bounds and misaligned ones, on one core; "asan" is for a process with build.asan_environment().
-    schedule ("ascending", "descending", "random" with `seed`) is the order of threads and of blocks. Raises BuildError
-    if g++ is missing or refuses a file, KernelError if a kernel does what CUDA does not allow.
+    schedule ("ascending", "descending", "random" with `seed`) is the order of threads and of blocks. capability, the
+    GPU's, and tf32 say which kernels launchers take: from (8, 0) on those for tensor cores, by the slow fallbacks of
+    mma.cuh. Raises BuildError if g++ is missing or refuses a file, KernelError if a kernel does what CUDA does not
+    allow.
     """
 
     _one_launch = threading.Lock()
@@ -75,6 +78,8 @@ class EmulatedRuntime:
         seed: int = 0,
         folders: tuple[Path, ...] = (source.FOLDER,),
         portable: bool = False,
+        capability: tuple[int, int] = (7, 0),
+        tf32: bool = False,
     ):
         if mode not in build.MODES or schedule not in SCHEDULES:
             raise ValueError(f"mode {mode!r}, schedule {schedule!r}: expected one of {build.MODES}, {SCHEDULES}")
@@ -82,7 +87,7 @@ class EmulatedRuntime:
             raise build.BuildError(reason)
         if mode == "asan" and not hasattr(ctypes.CDLL(None), "__asan_init"):
             raise RuntimeError("mode asan needs the environment that `python tests/cuda_emulator/build.py asan` prints")
-        self.name, self.tf32 = f"CUDA emulator ({mode})", False
+        self.name, self.capability, self.tf32 = f"CUDA emulator ({mode})", capability, tf32
         self.mode, self.schedule, self.seed, self.portable = mode, schedule, seed, portable
         # the checker looks at one block after another, and a sanitized process may want to fork
         self.workers = len(os.sched_getaffinity(0)) if mode == "fast" else 1
@@ -179,9 +184,10 @@ class EmulatedRuntime:
         TypeError for arguments that do not fit its parameters, KernelError for what the kernel does wrong.
         """
         declared = self._kernels[kernel]
+        shared_mem = shared_mem or declared.shared
         values = source.arguments(declared, args, self.is_array)
         grid, block = _three(grid), _three(block)
-        check_launch(declared, grid, block, values, shared_mem)
+        check_launch(declared, grid, block, values, shared_mem, self.capability)
         with self._one_launch:
             self._run(declared, grid, block, values, shared_mem)
 
@@ -198,6 +204,7 @@ class EmulatedRuntime:
             arguments=ctypes.addressof(arrays),
             error=ctypes.addressof(error),
             shared_bytes=shared_mem,
+            shared_limit=shared_limit(kernel, self.capability),
             seed=self.seed,
             grid=grid,
             block=block,

@@ -338,8 +338,9 @@ void Block::fail_source(int warp_number, uint32_t lanes) {
 // fills it with the bytes of NaN, so that a value that nobody wrote shows
 char* Block::take_shared(size_t bytes, [[maybe_unused]] size_t alignment) {
     shared_bytes_ += bytes;
-    if (shared_bytes_ > SHARED_LIMIT) {
-        fail(text("static and dynamic shared memory is more than %zu bytes", SHARED_LIMIT), true);
+    if (shared_bytes_ > launch_->shared_limit) {
+        const size_t limit = launch_->shared_limit;
+        fail(text("static and dynamic shared memory is more than %zu bytes", limit), true);
     }
 #ifdef __SANITIZE_ADDRESS__
     allocations_.emplace_back(new char[bytes]);
@@ -361,6 +362,8 @@ void* Block::shared_memory(const SharedArray& array) {
     for (const auto& [declared, begin] : shared_) {
         if (declared == &array) return begin;
     }
+    static_bytes_ += array.bytes;
+    if (static_bytes_ > STATIC_LIMIT) fail(text("static shared memory is more than %zu bytes", STATIC_LIMIT), true);
     char* const begin = take_shared(array.bytes, array.alignment);
     shared_.emplace_back(&array, begin);
     if constexpr (CHECKS) checker::add_shared(array.name, array.type, array.element_bytes, begin, array.bytes);
@@ -408,7 +411,7 @@ void Block::reset() {
     }
     const int rest = threads_.size() % WARP_LANES;
     if (rest) warps_.back().live = (1u << rest) - 1;
-    arena_used_ = shared_bytes_ = 0;
+    arena_used_ = shared_bytes_ = static_bytes_ = 0;
     dynamic_shared_ = nullptr;
     shared_.clear();
 #ifdef __SANITIZE_ADDRESS__

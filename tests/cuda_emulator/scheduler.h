@@ -27,8 +27,8 @@ constexpr size_t SHARED_GAP = 0;
 constexpr int WARP_LANES = 32;
 constexpr unsigned MAX_THREADS = 1024;       // of a block
 constexpr size_t ERROR_BYTES = 2000;         // as in runtime.py
-constexpr size_t SHARED_LIMIT = 48 << 10;    // what a kernel gets without asking for more
-constexpr size_t ARENA_BYTES = 256 << 10;    // that, and the gaps
+constexpr size_t STATIC_LIMIT = 48 << 10;    // of shared memory, whatever a kernel asks for
+constexpr size_t ARENA_BYTES = 512 << 10;    // what the largest GPU gives to one that asks, and the gaps
 
 struct Thread {
     uint3 index;
@@ -138,7 +138,7 @@ private:
     Fiber* running_ = &system_fiber_;
 
     std::unique_ptr<char[]> arena_;
-    size_t arena_used_ = 0, shared_bytes_ = 0;
+    size_t arena_used_ = 0, shared_bytes_ = 0, static_bytes_ = 0;
     char* dynamic_shared_ = nullptr;
     std::vector<std::pair<const SharedArray*, char*>> shared_;
 #ifdef __SANITIZE_ADDRESS__

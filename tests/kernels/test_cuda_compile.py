@@ -91,7 +91,9 @@ def test_every_kernel_for_every_gpu(architectures, capsys, monkeypatch):
     for name, (threads, *numbers, on_80, on_90) in rows.items():
         assert int(threads) == source.kernels()[name].threads
         registers, (shared, _, spills) = list(map(int, numbers[:3])), map(int, numbers[3:])
-        assert 0 < max(registers[:2]) <= registers[2] <= 255 and shared <= 49152 and spills == 0
+        dynamic = source.kernels()[name].shared
+        assert 0 < max(registers[:2]) <= registers[2] <= 255 and spills == 0
+        assert dynamic <= shared <= dynamic + 49152
         assert all(0 < int(part.rstrip("%")) <= 100 for part in (on_80, on_90))
     found = re.search(r"^(\d+) kernels for (\d+) architectures in .*: no spills, no warnings$", said.out, re.MULTILINE)
     assert (int(found[1]), int(found[2])) == (len(rows), len(architectures))
@@ -105,6 +107,14 @@ def test_the_table(architectures, tmp_path, capsys):
     row = out[3].split()
     assert row[:2] == ["double_kernel", "256"] and row[5:] == ["256", "0", "0", "100%", "100%"]
     assert len(out[1].rstrip()) <= len(out[2]) == len(out[3])
+
+
+def test_declared_shared_memory_counts(architectures, tmp_path, capsys):
+    """70 KiB and the 256 bytes: 2 blocks of 256 threads on an A100, 3 on an H100, of 8 that registers allow."""
+    code, out, err = compile_files(tmp_path, capsys, good=GOOD.replace("(256)", "(256) DYNAMIC_SHARED(71680)"))
+    row = out[3].split()
+    assert (code, err) == (0, []) and row[:2] == ["double_kernel", "256"]
+    assert row[5:] == [str(71680 + 256), "0", "0", "25%", "38%"]
 
 
 def test_a_spill_is_caught(architectures, tmp_path, capsys):

@@ -22,8 +22,8 @@ ORDERS = [("ascending", 0), ("descending", 0), ("random", 1), ("random", 2)]
 skip_off_linux()
 
 
-def emulated(mode: str, schedule: str = "ascending", seed: int = 0, portable: bool = False) -> EmulatedRuntime:
-    return EmulatedRuntime(mode, schedule, seed, folders=(PLANTED,), portable=portable)
+def emulated(mode: str, schedule: str = "ascending", seed: int = 0, **options) -> EmulatedRuntime:
+    return EmulatedRuntime(mode, schedule, seed, folders=(PLANTED,), **options)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -326,6 +326,20 @@ def test_too_much_shared_memory():
     launch_bug(cuda, "too_much_shared", cuda.zeros(32), shared_mem=32 << 10)
     with pytest.raises(ValueError, match=r"too_much_shared<<<.*float32\(32,\).*more than 49152 bytes"):
         launch_bug(cuda, "too_much_shared", cuda.zeros(32), shared_mem=(32 << 10) + 4)
+
+
+@pytest.mark.parametrize("mode", ["fast", "check"])
+def test_declared_shared_memory(mode):
+    """80 KiB beside 16, which a GPU with 96 for a block gives, one with 64 does not."""
+    for capability in ((7, 0), (9, 0)):
+        cuda = emulated(mode, capability=capability)
+        launch_bug(cuda, "much_shared", out := cuda.zeros(32))
+        assert cuda.to_host(out).tolist() == [2] * 32
+    with pytest.raises(ValueError, match="81921 bytes of shared memory, at most 81920"):
+        launch_bug(cuda, "much_shared", cuda.zeros(32), shared_mem=81921)
+    cuda = emulated(mode, capability=(7, 5))
+    with pytest.raises(ValueError, match="81920 bytes of shared memory, at most 65536"):
+        launch_bug(cuda, "much_shared", cuda.zeros(32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,4 +28,5 @@ def test_bounds():
     """AdamW moves 28 bytes a parameter: 3485 MB, 1.71 ms at 2039 GB/s; the forward attention is bound by arithmetic."""
     rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in roofline.table(SIZES).splitlines() if " | " in line}
     assert rows["adamw"][5] == "3485.33" and rows["adamw"][7] == "1709.3 m"
+    assert rows["attention_forward_3xtf32_64"][7] == f"{3 * 2 * 4096 * 768 * 1025 / 156e6:.1f} c"
     assert rows["attention_forward_64"][7] == f"{2 * 4096 * 768 * 1025 / 19.5e6:.1f} c"

@@ -230,6 +230,7 @@ HOLD = {
     "_buffers": "cupy.ndarray",  # at each key
     "copied": "cupy.cuda.Event",
     "_copied": "cupy.cuda.Event",
+    "function": "cupy.RawKernel",
     "module": "cupy.RawModule",
 }
 
@@ -279,6 +280,7 @@ def names_offered(fake) -> set[str]:
     objects = {
         "ndarray": array,
         "RawModule": fake.module.RawModule(code="", options=()),
+        "RawKernel": fake_cupy.RawKernel(None),
         "cuda.Event": fake.module.cuda.Event(disable_timing=True),
     }
     found = set()
@@ -287,7 +289,8 @@ def names_offered(fake) -> set[str]:
         for name in (name for name in dir(thing) if name[0] != "_"):
             found.add(prefix + name)
             inner = objects.get(prefix + name, getattr(thing, name))
-            if isinstance(inner, SimpleNamespace | fake_cupy.Memory | fake.module.ndarray | fake_cupy.Event):
+            ours = fake_cupy.Memory | fake_cupy.Event | fake_cupy.RawKernel
+            if isinstance(inner, SimpleNamespace | fake.module.ndarray | ours):
                 look(f"{prefix}{name}.", inner)
 
     look("", fake.module)
@@ -315,7 +318,8 @@ def test_runtime_uses_no_more_of_cupy_than_it_says():
     assert {name for name in in_launchers if not any(f"{one}.".startswith(f"{name}.") for one in listed)} == set()
     called = {f"cupy.{name}" for name in CALLS} | {f"cupy.cuda.cublas.{name}" for name in CUBLAS}
     read = {"dtype", "shape", "ndim", "nbytes", "data", "data.ptr", "device.id", "flags.c_contiguous"}
-    assert used - called == {"cupy.cuda.compiler.CompileException"} | {f"cupy.ndarray.{name}" for name in read}
+    others = {"cupy.cuda.compiler.CompileException", "cupy.RawKernel.max_dynamic_shared_size_bytes"}
+    assert used - called == others | {f"cupy.ndarray.{name}" for name in read}
 
 
 def test_launchers_ask_a_runtime_for_what_both_runtimes_have():
@@ -360,6 +364,10 @@ scale_again_kernel(float* out, int N) {}
     "count.cu": """
 extern "C" __global__ void __launch_bounds__(64)
 count_kernel(int* out, int N) {}
+extern "C" __global__ void __launch_bounds__(64, 2) DYNAMIC_SHARED(101376)
+large_kernel(int* out, int N) {}
+extern "C" __global__ void __launch_bounds__(64) DYNAMIC_SHARED(101377)
+largest_kernel(int* out, int N) {}
 """,
 }
 
@@ -550,6 +558,27 @@ def test_launch_refuses_sizes_that_no_gpu_takes(gpu, fake, grid, block, shared_m
     assert "scale_kernel<<<(" in str(error.value)
     assert "(out=float32(8,), inp=float32(8,), by=1.5, first=0, N=8)" in str(error.value)
     assert len(fake.launches) == 2
+
+
+@pytest.mark.parametrize("major, limit", [(7, 96), (8, 163), (9, 227), (12, 99), (20, 99)])
+def test_more_shared_memory_is_declared_and_asked_for_once(fake, monkeypatch, major, limit):
+    """99 KB and a byte more: what is declared is given, as far as the GPU has it."""
+    names = ("count_kernel", "large_kernel", "largest_kernel")
+    other = fake_cupy.FakeCupy(major=major, kernels=dict.fromkeys(names, count))
+    monkeypatch.setitem(sys.modules, "cupy", other.module)
+    gpu = Runtime()
+    args = gpu.zeros(3, np.int32), 3
+    for kernel, nbytes in (("large_kernel", 99 << 10), ("largest_kernel", (99 << 10) + 1)):
+        if nbytes <= limit << 10:
+            gpu.launch(kernel, 1, 64, args)
+            assert other.launches[-1] == (kernel, (1, 1, 1), (64, 1, 1), nbytes)
+            with pytest.raises(ValueError, match=f"{nbytes + 1} bytes of shared memory, at most {nbytes}"):
+                gpu.launch(kernel, 1, 64, args, nbytes + 1)
+        else:
+            with pytest.raises(ValueError, match=f"{nbytes} bytes of shared memory, at most {limit << 10}"):
+                gpu.launch(kernel, 1, 64, args)
+    gpu.launch("count_kernel", 1, 64, args)  # of the same file
+    assert gpu.capability == (major, 0)
 
 
 def test_sizes_are_whole_numbers_and_three_at_most(gpu):

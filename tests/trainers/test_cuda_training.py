@@ -29,10 +29,16 @@ def on_emulator(monkeypatch, emulator):
     return use
 
 
-@pytest.mark.parametrize("name", golden_run.RUNS)
-def test_run_matches_the_c_reference(name, on_emulator, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, capability",
+    [
+        *(pytest.param(name, (7, 0), id=name) for name in golden_run.RUNS),
+        pytest.param("dense", (9, 0), id="dense-3xtf32"),  # attention on tensor cores
+    ],
+)
+def test_run_matches_the_c_reference(name, capability, on_emulator, tmp_path, monkeypatch, capsys):
     """All 41 training and 5 validation losses within 5e-5, parameters after 41 updates within 1e-4."""
-    on_emulator(mode="fast")
+    on_emulator(mode="fast", capability=capability)
     golden_run.write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert train_banded.main([*golden_run.WORKLOAD, *golden_run.RUNS[name], "-c", "final.bin"]) == 0

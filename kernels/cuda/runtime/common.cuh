@@ -8,6 +8,9 @@
 #define LOG2E 1.4426950408889634f  // exponentials are powers of 2: what the hardware has
 #define LN2 0.6931471805599453f
 
+// after a kernel's launch bound: bytes of dynamic shared memory that every launch has, which source.py reads
+#define DYNAMIC_SHARED(bytes)
+
 // W neighbouring floats, moved by one instruction if W is 4
 template <int W> struct __align__(4 * W) Pack {
     float at[W];

@@ -50,8 +50,8 @@ MESSAGE = re.compile(r"\b(warning|error)\b.*:")  # not: 1 error detected in the 
 
 
 class Usage(NamedTuple):
-    """What a kernel takes: registers of a thread, bytes of static shared memory of a block, and of a thread's stack,
-    bytes of registers that spills store and load."""
+    """What a kernel takes: registers of a thread, bytes of shared memory of a block, and of a thread's stack, bytes of
+    registers that spills store and load. The compiler's log knows of static shared memory alone."""
 
     registers: int
     shared: int
@@ -100,7 +100,7 @@ def problems(names: list[str], compiled: bool, log: str) -> Iterator[str]:
 def occupancy(usage: Usage, threads: int, shared: int) -> float:
     """Part of a multiprocessor's warps that run at once, with blocks of `threads` and `shared` bytes for all blocks.
 
-    Dynamic shared memory, which is only known at a launch, is not counted.
+    Dynamic shared memory counts if the kernel declares it (compile_all); else it is only known at a launch.
     """
     warps = round_up(threads, WARP) // WARP  # of a block
     of_a_warp = round_up(usage.registers * WARP, REGISTER_UNIT)
@@ -130,8 +130,9 @@ def print_table(kernels: dict[str, source.Kernel], found: dict[tuple[str, int], 
             occupied = (f"{occupancy(used[a], kernel.threads, SHARED[a]):.0%}" if a in used else "" for a in shown)
             row = f"{registers}{most.registers:7}  {most.shared:6}  {most.stack:5}  {most.spills:6}"
             print(f"{name:{width}}  {kernel.threads:7}{row}{''.join(f'{text:>7}' for text in occupied)}")
-    print("\nmost, shared, stack, spills: the largest of all architectures. occupancy: what registers, static shared")
-    print("memory and blocks of the launch bound's threads allow, by CUDA's programming, tuning and occupancy guides")
+    print("\nmost, shared, stack, spills: the largest of all architectures. shared: static, and dynamic where it is")
+    print("declared. occupancy: what registers, shared memory and blocks of the launch bound's threads allow, by")
+    print("CUDA's programming, tuning and occupancy guides")
 
 
 def compile_all(kernels: dict[str, source.Kernel], architectures: list[int]) -> tuple[dict, dict]:
@@ -142,7 +143,9 @@ def compile_all(kernels: dict[str, source.Kernel], architectures: list[int]) -> 
         results = list(pool.map(build, *zip(*jobs)))
     found, wrong = {}, {}
     for (path, architecture), (compiled, log) in zip(jobs, results):
-        found |= {(name, architecture): usage for name, usage in usages(log).items()}
+        for name, usage in usages(log).items():
+            dynamic = kernels[name].shared if name in kernels else 0
+            found[name, architecture] = usage._replace(shared=usage.shared + dynamic)
         names = [name for name, kernel in kernels.items() if kernel.path == path]
         for problem in problems(names, compiled, log):
             wrong.setdefault(problem, []).append(f"sm_{architecture}")

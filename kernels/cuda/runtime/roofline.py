@@ -23,20 +23,23 @@ from llmc.errors import run
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- table: make roofline -->\n", "<!-- end of the table -->\n"
 
-# memory in GB/s, float32 multiply-adds outside tensor cores in TFLOP/s: NVIDIA's data sheets (A100 80GB SXM, H100 SXM)
-# and Ada architecture paper
-GPUS = {"A100": (2039, 19.5), "H100": (3350, 67.0), "RTX 4090": (1008, 82.6)}
+# memory in GB/s, float32 multiply-adds outside tensor cores and TF32 inside, dense, in TFLOP/s: NVIDIA's data sheets
+# (A100 80GB SXM, H100 SXM) and Ada architecture paper
+GPUS = {"A100": (2039, 19.5, 156.0), "H100": (3350, 67.0, 494.7), "RTX 4090": (1008, 82.6, 82.6)}
 
 
 class Row(NamedTuple):
     """A kernel at work: how often in a training step; floats to and from memory at least; floats between the blocks and
-    L2 as it is written, empty if the same; floating-point operations. All are expressions of the sizes below."""
+    L2 as it is written, empty if the same; floating-point operations. All are expressions of the sizes below.
+
+    tensor: products in TF32 that tensor cores do for each of float32, 3 for 3xTF32; 0 is a kernel without."""
 
     kernel: str
     calls: str
     must: str
     does: str
     flop: str
+    tensor: int = 0
 
 
 # FLOP counts an addition, a multiplication, exp, log, tanh, sqrt and a division as one each
@@ -56,6 +59,54 @@ ROWS_OF_TABLE = [
     Row("attention_delta_kernel", "L", "2*N*C + N*NH", "", "2*N*C"),
     Row("attention_dkdv_64_kernel", "L", "6*N*C + 2*N*NH", "4*N*C + N*C*(T/64 + 1) + 2*N*NH", "4*N*C*(T + 1)"),
     Row("attention_dq_64_kernel", "L", "5*N*C + 2*N*NH", "3*N*C + N*C*(T/64 + 1) + 2*N*NH", "3*N*C*(T + 1)"),
+    Row(
+        "attention_forward_3xtf32_64_kernel",
+        "0",
+        "4*N*C + N*NH",
+        "2*N*C + N*C*(T/128 + 1) + N*NH",
+        "2*N*C*(T + 1)",
+        3,
+    ),
+    Row(
+        "attention_dq_3xtf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH",
+        "4*N*C + N*C*(T/128 + 1) + 2*N*NH",
+        "3*N*C*(T + 1) + 2*N*C",
+        3,
+    ),
+    Row(
+        "attention_dkdv_3xtf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH",
+        "4*N*C + N*C*(T/128 + 1) + 2*N*NH",
+        "4*N*C*(T + 1)",
+        3,
+    ),
+    Row(
+        "attention_forward_tf32_64_kernel",
+        "0",
+        "4*N*C + N*NH",
+        "2*N*C + N*C*(T/128 + 1) + N*NH",
+        "2*N*C*(T + 1)",
+        1,
+    ),
+    Row(
+        "attention_dq_tf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH",
+        "4*N*C + N*C*(T/128 + 1) + 2*N*NH",
+        "3*N*C*(T + 1) + 2*N*C",
+        1,
+    ),
+    Row(
+        "attention_dkdv_tf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH",
+        "4*N*C + N*C*(T/128 + 1) + 2*N*NH",
+        "4*N*C*(T + 1)",
+        1,
+    ),
     Row("attention_decode_64_kernel", "0", "2*B*T*C + 2*B*C", "", "4*B*T*C"),
     Row("rope_kernel", "0", "2*N*4*R", "", "3*N*4*R"),
     Row("rmsnorm_forward_kernel", "0", "2*N*r + r + N", "", "4*N*r"),
@@ -217,13 +268,15 @@ def table(names: dict) -> str:
         cells = [row.kernel.replace("_kernel", ""), row.calls if calls else "-"]
         cells += [f"`{text}`" if text else "the same" for text in (row.must, row.does, row.flop)]
         cells += [f"{4 * must / 1e6:.2f}", f"{flop / 1e6:.1f}"]
-        for gpu, (gigabytes, teraflops) in GPUS.items():
+        for gpu, (gigabytes, teraflops, tensor) in GPUS.items():
             memory, arithmetic = 4e-3 * must / gigabytes, 1e-6 * flop / teraflops
+            if row.tensor:
+                arithmetic = 1e-6 * flop * row.tensor / tensor
             totals[gpu] += calls * max(memory, arithmetic)
             cells.append(f"{max(memory, arithmetic):.1f} {'m' if memory >= arithmetic else 'c'}")
         lines.append(f"| {' | '.join(cells)} |")
     bounds = ", ".join(f"{gpu} {total / 1000:.1f} ms" for gpu, total in totals.items())
-    lines.append(f"\nA dense step, each kernel at its bound, one after another: {bounds}.")
+    lines.append(f"\nA dense step, each kernel at its bound, one after another, all without tensor cores: {bounds}.")
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
     cupy.RawModule(code=, options=), and the call of a kernel (grid, block, args, shared_mem=)
     cupy.RawModule: get_function(name)
+    cupy.RawKernel: max_dynamic_shared_size_bytes
     cupy.cuda.compiler.CompileException
     cupy.zeros(shape, dtype), cupy.empty(shape, dtype), cupy.ndarray(shape, dtype, memptr=)
     cupy.ndarray: set(arr), get(out=, blocking=), data, data.ptr, device.id, flags.c_contiguous
@@ -43,9 +44,13 @@ OPTIONS = ("--std=c++17",)  # CuPy adds the architecture, -ftz=true and --device
 # CUDA C++ Programming Guide, technical specifications, compute capability 7.0 and above
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_BLOCK = (1024, 1024, 64)
-MAX_SHARED = 48 << 10  # bytes; a kernel needs an attribute, which is not set here, to be given more
+MAX_SHARED = 48 << 10  # bytes; a kernel that is to be given more declares them: DYNAMIC_SHARED in common.cuh
+# the same table, maximum amount of shared memory per thread block, in KB by compute capability
+OPT_IN = {(7, 0): 96, (7, 2): 96, (7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227}
+OPT_IN |= {(10, 0): 227, (10, 1): 227, (10, 3): 227, (11, 0): 227, (12, 0): 99, (12, 1): 99}
+OPT_IN_AT_LEAST = 99  # what a later one than these has, it is assumed
 MAX_INT = 2**31 - 1  # cuBLAS counts rows and columns in ints
-AMPERE = 8  # major compute capability from which on there is TF32
+AMPERE = (8, 0)  # compute capability from which on there is TF32
 CUBLAS_TF32_TENSOR_OP_MATH = 3  # cublas_api.h, cublasMath_t; CuPy 14 has no name for it
 
 PROBE = """extern "C" __global__ void __launch_bounds__(32) probe_kernel(float* out, float step, int N) {
@@ -76,7 +81,8 @@ class Readback:
 class Runtime:
     """The first visible GPU. Its arrays are CuPy's, row-major.
 
-    name: the GPU's. tf32: whether products are computed in TF32, which takes the wish for it and a GPU that has it.
+    name: the GPU's. capability: its compute capability, as (9, 0). tf32: whether products are computed in TF32, which
+    takes the wish for it and a GPU that has it.
     """
 
     def __init__(self, tf32: bool = False, folders: tuple[Path, ...] = (source.FOLDER,)):
@@ -101,7 +107,8 @@ class Runtime:
         self._device = self._cupy.cuda.runtime.getDevice()
         properties = self._cupy.cuda.runtime.getDeviceProperties(self._device)
         self.name = properties["name"].decode()
-        self.tf32 = tf32 and properties["major"] >= AMPERE
+        self.capability = properties["major"], properties["minor"]
+        self.tf32 = tf32 and self.capability >= AMPERE
         self._cublas, cublas = self._cupy.cuda.get_cublas_handle(), self._cupy.cuda.cublas
         # the default mode never rounds float32 operands
         cublas.setMathMode(self._cublas, CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)
@@ -231,13 +238,15 @@ class Runtime:
         """Launch a kernel of the .cu files.
 
         grid, block: an int or a tuple of up to three. args: arrays and Python numbers in the kernel's order.
-        shared_mem: bytes of dynamic shared memory. Raises KeyError for an unknown kernel, TypeError (source.arguments),
-        ValueError (check_launch), CudaError for what CUDA reports, possibly of an earlier launch.
+        shared_mem: bytes of dynamic shared memory; 0 is what the kernel declares, if it does. Raises KeyError for an
+        unknown kernel, TypeError (source.arguments), ValueError (check_launch), CudaError for what CUDA reports,
+        possibly of an earlier launch.
         """
         declared = self._kernels[kernel]
+        shared_mem = shared_mem or declared.shared
         values = tuple(source.arguments(declared, args, self.is_array))
         grid, block = _three(grid), _three(block)
-        check_launch(declared, grid, block, values, shared_mem)
+        check_launch(declared, grid, block, values, shared_mem, self.capability)
         if kernel not in self._functions:
             self._functions |= self._load(declared)
         try:
@@ -248,7 +257,12 @@ class Runtime:
     def _load(self, kernel: source.Kernel) -> dict:
         """The kernel and all others of its file, by name, ready to be launched."""
         names = [name for name, other in self._kernels.items() if other.path == kernel.path]
-        return self._compile(source.text(kernel.path), kernel.path.name, names)
+        functions = self._compile(source.text(kernel.path), kernel.path.name, names)
+        for name, function in functions.items():
+            if 0 < self._kernels[name].shared <= opt_in(self.capability):
+                with explained(f"shared memory of {name}"):
+                    function.max_dynamic_shared_size_bytes = self._kernels[name].shared
+        return functions
 
     def _compile(self, code: str, what: str, names: list[str]) -> dict:
         """The kernels `names` of `code`; says so, once, if CuPy did not have them on disk. Raises CudaError."""
@@ -346,17 +360,28 @@ def _changed(folder: str) -> int:
 # checks and words
 
 
-def check_launch(kernel: source.Kernel, grid: tuple, block: tuple, values, shared_mem: int) -> None:
+def opt_in(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may have on a GPU of that compute capability, if its kernel asks for them."""
+    return OPT_IN.get(capability, OPT_IN_AT_LEAST) << 10
+
+
+def shared_limit(kernel: source.Kernel, capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block of the kernel may have, static and dynamic."""
+    return opt_in(capability) if kernel.shared else MAX_SHARED
+
+
+def check_launch(kernel: source.Kernel, grid: tuple, block: tuple, values, shared_mem: int, capability: tuple) -> None:
     """Raise ValueError, naming all that was given, for a launch that CUDA would refuse or the launch bound does."""
     problem = None
+    most = min(max(kernel.shared, MAX_SHARED), shared_limit(kernel, capability))
     if not all(1 <= size <= most for size, most in zip(grid, MAX_GRID)):
         problem = f"grid {grid}, expected 1 to {MAX_GRID}"
     elif not all(1 <= size <= most for size, most in zip(block, MAX_BLOCK)):
         problem = f"block {block}, expected 1 to {MAX_BLOCK}"
     elif math.prod(block) > kernel.threads:
         problem = f"{math.prod(block)} threads a block, its launch bound is {kernel.threads}"
-    elif not 0 <= shared_mem <= MAX_SHARED:
-        problem = f"{shared_mem} bytes of shared memory, at most {MAX_SHARED}"
+    elif not 0 <= shared_mem <= most:
+        problem = f"{shared_mem} bytes of shared memory, at most {most}"
     if problem:
         raise ValueError(f"{shown_launch(kernel, grid, block, values, shared_mem)}: {problem}")
 

@@ -1,7 +1,7 @@
 """What the .cu files say about themselves: which kernels there are, their parameters, the text to compile.
 
-A file is compiled after common.cuh, gemm_tile.cuh and attention_tile.cuh, whose device functions all share; nothing is
-included. Line numbers stay those of the files.
+A file is compiled after common.cuh, gemm_tile.cuh and attention_tile.cuh, whose device functions all share, and after
+mma.cuh if it names that; nothing is included. Line numbers stay those of the files.
 """
 
 import re
@@ -13,9 +13,11 @@ import numpy as np
 
 FOLDER = Path(__file__).parent.parent
 PRELUDE = tuple(FOLDER / "runtime" / name for name in ("common.cuh", "gemm_tile.cuh", "attention_tile.cuh"))
+MMA = FOLDER / "runtime" / "mma.cuh"  # inline PTX, and for the emulator templates that cost g++ time
 KERNEL = re.compile(
     r"""extern \s "C" \s __global__ \s void \s
-        __launch_bounds__\( (?P<threads>\d+) \) \s
+        __launch_bounds__\( (?P<threads>\d+) (?:,\ \d+)? \) \s
+        (?: DYNAMIC_SHARED\( (?P<shared>\d+) \) \s )?
         (?P<name>\w+) \( (?P<parameters>[^)]*) \)""",
     re.VERBOSE,
 )
@@ -24,12 +26,16 @@ SCALARS = {"int": np.int32, "float": np.float32, "size_t": np.uint64}
 
 
 class Kernel(NamedTuple):
-    """A kernel as declared: its file, its launch bound (threads of a block), and parameters as (name, C type)."""
+    """A kernel as declared: its file, its launch bound (threads of a block), and parameters as (name, C type).
+
+    shared: bytes of dynamic shared memory that it is launched with; above 48 KB a GPU wants to be told of them.
+    """
 
     name: str
     path: Path
     threads: int
     parameters: tuple[tuple[str, str], ...]
+    shared: int = 0
 
 
 @cache
@@ -37,13 +43,15 @@ def kernels(folder: Path = FOLDER) -> dict[str, Kernel]:
     """All kernels of the .cu files in and below `folder`, by name.
 
     Every one is `extern "C" __global__ void __launch_bounds__(N) name(parameters)`, a parameter one of ARRAYS, const or
-    not, with __restrict__ or not, or of SCALARS. Raises ValueError for another type.
+    not, with __restrict__ or not, or of SCALARS. The bound may have a second number, blocks of a multiprocessor, and
+    DYNAMIC_SHARED(bytes) may follow it. Raises ValueError for another type.
     """
     found = {}
     for path in sorted(folder.rglob("*.cu")):
         for match in KERNEL.finditer(path.read_text()):
             parameters = tuple(_parameter(text, path) for text in match["parameters"].split(","))
-            found[match["name"]] = Kernel(match["name"], path, int(match["threads"]), parameters)
+            threads, shared = int(match["threads"]), int(match["shared"] or 0)
+            found[match["name"]] = Kernel(match["name"], path, threads, parameters, shared)
     return found
 
 
@@ -58,7 +66,8 @@ def _parameter(text: str, path: Path) -> tuple[str, str]:
 @cache
 def text(path: Path) -> str:
     """The text to compile for the kernels of a .cu file: the prelude, then the file."""
-    parts = [*PRELUDE, *([] if path in PRELUDE else [path])]
+    own = [] if path in PRELUDE else [path]
+    parts = [*PRELUDE, *([MMA] if any(MMA.name in each.read_text() for each in own) else []), *own]
     return "".join(f'#line 1 "{part.name}"\n{part.read_text()}' for part in parts)
 
 

@@ -189,6 +189,15 @@ uninitialised_shared(float* out) {
 }
 
 // with more than 32 KiB of dynamic shared memory beside it
+extern "C" __global__ void __launch_bounds__(32) DYNAMIC_SHARED(81920)
+much_shared(float* out) {
+    __shared__ float values[4096];
+    extern __shared__ float others[];
+    values[threadIdx.x] = others[20479 - threadIdx.x] = 1.0f;
+    out[threadIdx.x] = values[threadIdx.x] + others[20479 - threadIdx.x];
+}
+
+// the same, undeclared
 extern "C" __global__ void __launch_bounds__(32)
 too_much_shared(float* out) {
     __shared__ float values[4096];
