@@ -1,7 +1,7 @@
 """What the .cu files say about themselves: which kernels there are, their parameters, the text to compile.
 
 A file is compiled after common.cuh, gemm_tile.cuh and attention_tile.cuh, whose device functions all share, and after
-mma.cuh if it names that; nothing is included. Line numbers stay those of the files.
+mma.cuh and attention_mma.cuh if it names them; nothing is included. Line numbers stay those of the files.
 """
 
 import re
@@ -13,7 +13,8 @@ import numpy as np
 
 FOLDER = Path(__file__).parent.parent
 PRELUDE = tuple(FOLDER / "runtime" / name for name in ("common.cuh", "gemm_tile.cuh", "attention_tile.cuh"))
-MMA = FOLDER / "runtime" / "mma.cuh"  # inline PTX, and for the emulator templates that cost g++ time
+# for files that name them: inline PTX, and for the emulator templates that cost g++ time
+NAMED = tuple(FOLDER / "runtime" / name for name in ("mma.cuh", "attention_mma.cuh"))
 KERNEL = re.compile(
     r"""extern \s "C" \s __global__ \s void \s
         __launch_bounds__\( (?P<threads>\d+) (?:,\ \d+)? \) \s
@@ -67,7 +68,8 @@ def _parameter(text: str, path: Path) -> tuple[str, str]:
 def text(path: Path) -> str:
     """The text to compile for the kernels of a .cu file: the prelude, then the file."""
     own = [] if path in PRELUDE else [path]
-    parts = [*PRELUDE, *([MMA] if any(MMA.name in each.read_text() for each in own) else []), *own]
+    named = [header for header in NAMED if any(header.name in each.read_text() for each in own)]
+    parts = [*PRELUDE, *named, *own]
     return "".join(f'#line 1 "{part.name}"\n{part.read_text()}' for part in parts)
 
 
