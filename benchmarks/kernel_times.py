@@ -123,7 +123,7 @@ def bound(kernel: str, spent: Spent, names: dict, card: str, tf32: bool) -> floa
     """
     if card not in RATES:
         return None
-    gigabytes, teraflops = RATES[card]
+    gigabytes, teraflops, tensor = RATES[card]
     if kernel == PRODUCTS:
         peak = promised(card, tf32)
         work = [(4 * (M * K + K * N + M * N * (2 if beta else 1)), 2 * M * N * K) for M, N, K, beta in spent.shapes]
@@ -134,7 +134,8 @@ def bound(kernel: str, spent: Spent, names: dict, card: str, tf32: bool) -> floa
         if row.kernel.partition(" ")[0] == kernel:
             text = CALLS.get(kernel, "L") if row.calls == "0" else row.calls
             must, flop, calls = (eval(each, {"__builtins__": {}}, names) for each in (row.must, row.flop, text))
-            total += calls * max(4e-6 * must / gigabytes, 1e-9 * flop / teraflops)
+            rate = tensor / row.tensor if row.tensor else teraflops
+            total += calls * max(4e-6 * must / gigabytes, 1e-9 * flop / rate)
     return total or None
 
 

@@ -60,8 +60,8 @@ def test_card_is_cut_from_what_a_device_says():
 
 def test_promises_are_those_of_the_roofline():
     names = {"A100": "NVIDIA A100-SXM4-80GB", "H100": H100, "RTX 4090": "NVIDIA GeForce RTX 4090"}
-    assert {short: mfu.CARDS[name].float32 for short, name in names.items()} == {
-        short: teraflops for short, (_, teraflops) in roofline.GPUS.items()
+    assert {short: (mfu.CARDS[name].float32, mfu.CARDS[name].tf32) for short, name in names.items()} == {
+        short: (teraflops, tensor) for short, (_, teraflops, tensor) in roofline.GPUS.items()
     }
 
 
