@@ -29,6 +29,7 @@ from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
+from llmc.shares import Shares, share_rows
 from systems.band import NO_BAND, Band, choose_band, print_band, print_masks
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,11 +293,12 @@ class GPT2:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, run: loop.Run):
+def save(args: Namespace, batch: Shares, step: int, run: loop.Run):
     """Write the checkpoint, bands in its header, and the optimizer state for a run that goes on at `step`."""
+    model = batch.models[0]
     kind, fields = model.band.header()
     params, m, v = map(model.ops.to_host, (model.params_flat, model.m_flat, model.v_flat))
-    loop.save(args, model, Model(model.config, params, step, kind=kind, fields=fields), m, v, run)
+    loop.save(args, batch, Model(model.config, params, step, kind=kind, fields=fields), m, v, run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -316,12 +318,16 @@ def main(argv: list[str] | None = None) -> int:
     options.print_workload(steps, run.val_batches)
 
     tell_allocated(file.params.nbytes, "model parameters")
-    model = GPT2(device, config, file.params, B, T, band, args.kernel)
+    masked = state or args.mask_init
+    rows = share_rows(device, B, T, file.params.size) if masked else [B]
+    models = [GPT2(device, config, file.params, b, T, band, args.kernel) for b in rows]
+    model, batch = models[0], Shares(models)
     if state:
         model.allocate_moments(state.m, state.v)
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
-    if state or args.mask_init:
-        model.mask_weights()
+    if masked:
+        for each in models:
+            each.mask_weights()
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
     log = Logger(args.log, start)
@@ -332,16 +338,16 @@ def main(argv: list[str] | None = None) -> int:
             last_step = step == steps
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, run)
+                    save(args, batch, step, run)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
+                val_loss = loop.evaluate(batch, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, run)
+                save(args, batch, step, run)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, run, args.sample_tokens)
             if last_step:
@@ -352,9 +358,9 @@ def main(argv: list[str] | None = None) -> int:
                 run.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*run.train_loader.next_batch(), grad_accum)
-                model.backward(first=micro_step == 0)
-                loss += model.mean_loss() / grad_accum
+                batch.forward(*run.train_loader.next_batch(), grad_accum)
+                batch.backward(first=micro_step == 0)
+                loss += batch.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)

@@ -41,6 +41,7 @@ from llmc.errors import UserError
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
+from llmc.shares import Shares, share_rows
 from llmc.state import TrainState
 from systems.torus import (
     ATTENTION,
@@ -438,13 +439,14 @@ def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None
     return best, worse
 
 
-def save(args: Namespace, model: GPT2, step: int, run: loop.Run, extra: dict) -> None:
+def save(args: Namespace, batch: Shares, step: int, run: loop.Run, extra: dict) -> None:
     """Write the checkpoint, replaced layers in its header, and the optimizer state for a run that goes on at `step`."""
+    model = batch.models[0]
     params, own = model.ops.to_host(model.params_flat), num_parameters(model.config)
     kind, fields = (TOROIDAL, model.torus.fields()) if model.torus.layers else (DENSE, ())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
     m, v = model.moments()
-    loop.save(args, model, file, m, v, run, extra)
+    loop.save(args, batch, file, m, v, run, extra)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -474,7 +476,9 @@ def main(argv: list[str] | None = None) -> int:
     learns = None if args.train == "all" else torus.layers
     replaced = Torus() if args.control else torus
     params = np.concatenate([file.params, extra_init(file, replaced, args.seed or 42)])
-    model = GPT2(device, config, replaced, params, B, T, learns, args.recompute)
+    rows = share_rows(device, B, T, params.size)
+    batch = Shares([GPT2(device, config, replaced, params, b, T, learns, args.recompute) for b in rows])
+    model = batch.models[0]
     table.heading()
     print_torus(config, torus, model.num_trained, args)
     options.print_options(args)
@@ -496,10 +500,10 @@ def main(argv: list[str] | None = None) -> int:
             extra = {"best_loss": best, "worse": worse}  # without this step's validation, which a resumed run repeats
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, run, extra)
+                    save(args, batch, step, run, extra)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
+                val_loss = loop.evaluate(batch, run.val_loader, run.val_batches)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}\nperplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 log.val(step, val_loss)
@@ -511,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
                 print_memory(model, device.memory_used() - before)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, run, extra)
+                save(args, batch, step, run, extra)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, run, args.sample_tokens)
             if last_step:
@@ -522,9 +526,9 @@ def main(argv: list[str] | None = None) -> int:
                 run.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                model.forward(*run.train_loader.next_batch(), grad_accum)
-                model.backward(first=micro_step == 0)
-                loss += model.mean_loss() / grad_accum
+                batch.forward(*run.train_loader.next_batch(), grad_accum)
+                batch.backward(first=micro_step == 0)
+                loss += batch.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)

@@ -49,6 +49,12 @@ class Device(Protocol):
     def to_host_later(self, array: Array) -> Callable[[], np.ndarray]:
         """A function that gives `array` in NumPy; the device meanwhile goes on with what follows."""
 
+    def num_shares(self) -> int:
+        """How many threads a batch may be shared out to: the cores of the CPU, 1 on a GPU, which is one for all rows."""
+
+    def side_by_side(self, work: Callable[[int], None], n: int) -> None:
+        """work(0), .., work(n-1), on the CPU at the same time."""
+
     def synchronize(self) -> None:
         """Wait until the device has done all it was told to."""
 
@@ -86,10 +92,10 @@ class Device(Protocol):
         """out = inp1 + inp2, all (N,C)."""
 
     def gelu_forward(self, out, inp):
-        """out from inp, any shape."""
+        """out from inp, any shape; inp becomes what gelu_backward needs, on the CPU the derivative, on a GPU itself."""
 
     def gelu_backward(self, dinp, inp, dout):
-        """dinp from inp, dout, any shape."""
+        """dinp from dout and what gelu_forward left in inp, any shape."""
 
     def fused_classifier(self, losses, logits, targets, V, dloss):
         """losses (N) from logits (N,Vp), targets (N); logits become their gradient times dloss."""

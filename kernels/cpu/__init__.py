@@ -6,13 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels.cpu.blocks import num_threads
+from kernels.cpu.blocks import num_threads, side_by_side
 from kernels.device import NAMES, ops_on_shelves
 
 globals().update(ops_on_shelves("cpu"))
 __all__ = NAMES
 
 tf32 = False  # products never round their operands
+
+
+def num_shares() -> int:
+    """Threads that a batch may be shared out to."""
+    return num_threads()
 
 
 def describe() -> str:

@@ -149,6 +149,12 @@ def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floa
             other.result()
 
 
+def side_by_side(work: Callable[[int], None], n: int) -> None:
+    """Call work(0), .., work(n-1), each in a thread of its own with one BLAS thread, as many at a time as there are
+    cores; if n is 1 in place. Raises what `work` raises."""
+    for_blocks(lambda k, _: work(k), n, 1, PARALLEL_BYTES)
+
+
 def _wait_for(shares: list[Future]) -> None:
     """Wait until all are done, also through a Ctrl-C, which is raised then: each takes milliseconds."""
     try:

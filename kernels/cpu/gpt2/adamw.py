@@ -10,6 +10,7 @@ import numpy as np
 from kernels.cpu.blocks import BLOCK_BYTES, for_blocks, scratch
 
 BLOCK = BLOCK_BYTES // 8  # values of each of six operands
+PASSES = 12  # over a value at least: a second thread pays the sooner
 
 
 def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
@@ -22,17 +23,27 @@ def adamw_update(params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, gr
     def values(start, stop):
         update_views([array[start:stop] for array in flat], t, lr, beta1, beta2, eps, weight_decay, grad_scale)
 
-    for_blocks(values, flat[0].size, BLOCK)
+    for_blocks(values, flat[0].size, BLOCK, PASSES)
 
 
 def adamw_update_all(params, grads, m, v, updates):
     """adamw_update(*update) for each of `updates`, (views of params, grads, m, v, t, lr, ..., grad_scale).
 
     params, grads, m, v: the flat buffers that hold all these views, which do not overlap; in the last three a tensor
-    begins at the same place. A GPU needs them to do it in one launch; here they are not looked at.
+    begins at the same place. Neighbours with the same settings are updated together.
     """
-    for update in updates:
-        adamw_update(*update)
+    flat = params, grads, m, v
+    done = []  # [begin in params, begin in grads, m and v, values, settings]
+    for views, *settings in ((update[:4], *update[4:]) for update in updates):
+        begin, behind = ((view.ctypes.data - of.ctypes.data) // of.itemsize for view, of in zip(views, flat[:2]))
+        last = done[-1] if done else None
+        if last and last[3] == settings and (last[0] + last[2], last[1] + last[2]) == (begin, behind):
+            last[2] += views[0].size
+        else:
+            done.append([begin, behind, views[0].size, settings])
+    for begin, behind, size, settings in done:
+        others = (array[behind : behind + size] for array in flat[1:])
+        adamw_update(params[begin : begin + size], *others, *settings)
 
 
 def update_views(views, t, lr, beta1, beta2, eps, weight_decay, grad_scale):

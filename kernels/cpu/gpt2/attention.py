@@ -7,17 +7,21 @@ T x T is never stored: a block of queries meets only the keys up to its own end,
 from lse, as FlashAttention does (Dao et al. 2022). In each third of qkv (B,T,3C), head h owns columns h*hs .. (h+1)*hs.
 """
 
-from math import sqrt
+from functools import partial
+from math import exp, sqrt
 
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, num_threads, scratch
+from kernels.cpu.gpt2.column_sum import ones
 
 QUERIES = 64  # queries in a block; half of its square of scores lies above the diagonal and is wasted
 SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
 # the cost of a score, with its part of the products, in floats of elementwise work. measured: a second thread is 1.2 to
 # 1.8 times as fast from 200,000 scores on, which take 2 ms, and slower below 160,000
 SCORE_FLOATS = 12
+# the largest |log| of a row's sum of exp(score) that is left as it is; what counts in it is far from float32's ends
+EXTREME = 40
 FUTURE = np.where(np.tri(QUERIES), np.float32(0), np.float32(-np.inf))  # added to scores, which is faster than np.where
 
 
@@ -77,50 +81,81 @@ def split(qkv, NH):
     return qkv.reshape(B, T, 3, NH, -1).transpose(2, 0, 3, 1, 4)
 
 
-def scaled_scores(q, k, scale):
-    """q (B,n,t,hs), k (B,n,keys,hs) -> scale q . k (B,n,t,keys), in scratch"""
-    s = scratch("attention_scores", (*q.shape[:3], k.shape[2]), q.dtype)
-    np.matmul(q, k.swapaxes(2, 3), out=s)
-    s *= scale
-    return s
+def scaled(x, scale):
+    """scale * x (B,n,t,hs), contiguous, in scratch: a pass over hs columns instead of one over all scores"""
+    return np.multiply(x, scale, out=scratch("attention_queries", x.shape, x.dtype))
 
 
-def causal_scores(q, k, first, scale):
-    """q (B,n,t,hs) at positions first.., k (B,n,first+t,hs) -> scaled scores (B,n,t,first+t), -inf for the future."""
-    s = scaled_scores(q, k, scale)
+def scores_of(q, k):
+    """q (B,n,t,hs), scaled, k (B,n,keys,hs) -> q . k (B,n,t,keys), in scratch"""
+    return np.matmul(q, k.swapaxes(2, 3), out=scratch("attention_scores", (*q.shape[:3], k.shape[2]), q.dtype))
+
+
+def causal_scores(q, k, first):
+    """q (B,n,t,hs), scaled, at positions first.., k (B,n,first+t,hs) -> scores (B,n,t,first+t), -inf for the future."""
+    s = scores_of(q, k)
     t = s.shape[2]
     s[..., first:] += FUTURE[:t, :t]
     return s
 
 
-def attend(out, lse, s, v):
-    """out (B,n,t,hs), lse (B,n,t) from scores s (B,n,t,keys) and v (B,n,keys,hs); overwrites s."""
-    top = s.max(axis=3)
-    s -= top[..., None]
-    np.exp(s, out=s)
-    total = s.sum(axis=3)
-    np.matmul(s, v, out=out)
+def exp_scores(scores):
+    """(e (..,t,keys) = exp(scores() - shift), its sums (..,t), shift (..,t) or 0) for the function `scores`.
+
+    shift is 0 for a row whose sum stays within exp(-EXTREME) .. exp(EXTREME), as nearly all do, else the row's maximum.
+    No row asks another, so that a future token changes no bit.
+    """
+    s = scores()
+    with np.errstate(over="ignore"):
+        e = np.exp(s, out=s)
+        total = np.matmul(e, ones(e.shape[-1], e.dtype))
+    if exp(-EXTREME) < total.min() and total.max() < exp(EXTREME):  # else, or with NaN
+        return e, total, 0
+    s = scores()
+    shift = np.where((exp(-EXTREME) < total) & (total < exp(EXTREME)), 0, s.max(axis=-1))
+    s -= shift[..., None]
+    e = np.exp(s, out=s)
+    return e, np.matmul(e, ones(e.shape[-1], e.dtype)), shift
+
+
+def exp_again(s, lse):
+    """(e, inverse (..,t)) with e * inverse = exp(s - lse), the probabilities, for scores s (..,t,keys) and lse (..,t).
+
+    Overwrites s by e. So it is dout that is normalised, whose rows are shorter.
+    """
+    shift = 0
+    if not -EXTREME < lse.min() <= lse.max() < EXTREME:
+        shift = np.where(np.abs(lse) < EXTREME, 0, lse)
+        s -= shift[..., None]
+    return np.exp(s, out=s), np.exp(shift - lse)
+
+
+def attend(out, lse, scores, v):
+    """out (B,n,t,hs), lse (B,n,t) from the function `scores`, which gives (B,n,t,keys), and v (B,n,keys,hs)."""
+    e, total, shift = exp_scores(scores)
+    np.matmul(e, v, out=out)
     out /= total[..., None]
-    lse[...] = top + np.log(total)
+    np.log(total, out=lse)
+    lse += shift
 
 
 def attend_backward(grads, inputs, do, o, lse, s, scale, write):
-    """grads dq (B,n,t,hs) = ..., dk, dv (B,n,keys,hs) = ... if `write`, else += ..., for inputs q, k, v likewise.
+    """grads dq (B,n,t,hs) = ..., dk, dv (B,n,keys,hs) = ... if `write`, else += ..., for inputs: scaled q, k and v.
 
     do, o (B,n,t,hs), lse (B,n,t), scores s (B,n,t,keys); overwrites s.
     """
     dq, dk, dv = grads
     q, k, v = inputs
-    s -= lse[..., None]
-    a = np.exp(s, out=s)
-    ds = scratch("attention_dscores", a.shape, a.dtype)
+    e, inverse = exp_again(s, lse)
+    do = np.multiply(do, inverse[..., None], out=scratch("attention_dout", do.shape, do.dtype))
+    ds = scratch("attention_dscores", e.shape, e.dtype)
     np.matmul(do, v.swapaxes(2, 3), out=ds)
     ds -= np.einsum("bhtc,bhtc->bht", do, o)[..., None]
-    ds *= a
-    ds *= scale
+    ds *= e
     np.matmul(ds, k, out=dq)
+    dq *= scale
     add_product(dk, ds.swapaxes(2, 3), q, write)
-    add_product(dv, a.swapaxes(2, 3), do, write)
+    add_product(dv, e.swapaxes(2, 3), do, write)
 
 
 def attention_forward(out, lse, qkv, NH, start=0):
@@ -133,8 +168,8 @@ def attention_forward(out, lse, qkv, NH, start=0):
         rows = slice(first - start, end - start)
         o, log_sums = heads(out.reshape(B, T - start, -1)[b, rows], NH), lse[b, :, rows]
         for h in head_groups(b.stop - b.start, NH, end - first, end):
-            s = causal_scores(q[:, h, first:end], k[:, h, :end], first, scale)
-            attend(o[:, h], log_sums[:, h], s, v[:, h, :end])
+            scaled_q, keys = scaled(q[:, h, first:end], scale), k[:, h, :end]
+            attend(o[:, h], log_sums[:, h], partial(causal_scores, scaled_q, keys, first), v[:, h, :end])
 
     for_queries(queries, B, NH, T, start)
 
@@ -159,9 +194,9 @@ def attention_backward(dqkv, dout, qkv, out, lse, NH):
             end = min(first + QUERIES, T)
             rows = slice(first, end)
             for n in head_groups(b.stop - b.start, h.stop - h.start, end - first, end):
-                s = causal_scores(q[:, n, rows], k[:, n, :end], first, scale)
+                inputs = scaled(q[:, n, rows], scale), k[:, n, :end], v[:, n, :end]
+                s = causal_scores(*inputs[:2], first)
                 grads = dq[:, n, rows], dk[:, n, :end], dv[:, n, :end]
-                inputs = q[:, n, rows], k[:, n, :end], v[:, n, :end]
                 attend_backward(grads, inputs, do[:, n, rows], o[:, n, rows], log_sums[:, n, rows], s, scale, end == T)
 
     for_heads(some_heads, B, NH, T)

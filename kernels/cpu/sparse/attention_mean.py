@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 
 from kernels.cpu.blocks import scratch
-from kernels.cpu.gpt2.attention import causal_scores, for_queries, head_groups, split
+from kernels.cpu.gpt2.attention import causal_scores, for_queries, head_groups, scaled, split
 
 
 def attention_mean(p, qkv, lse, NH, first, start=0):
@@ -24,7 +24,7 @@ def attention_mean(p, qkv, lse, NH, first, start=0):
         mean = p[b, now - first : end - first]
         mean[...] = 0
         for h in head_groups(b.stop - b.start, NH, end - now, end):
-            s = causal_scores(q[:, h, now:end], k[:, h, :end], now, scale)
+            s = causal_scores(scaled(q[:, h, now:end], scale), k[:, h, :end], now)
             s -= lse[b, h, now - start : end - start, None]
             np.exp(s, out=s)
             mean[..., :end] += head_sum(s)

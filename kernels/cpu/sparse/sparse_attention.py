@@ -9,6 +9,7 @@ together, a block of queries at a time. Neither asks what the lists hold, except
 ends, its -1 say; the GPU reads count instead.
 """
 
+from functools import partial
 from math import sqrt
 
 import numpy as np
@@ -22,7 +23,8 @@ from kernels.cpu.gpt2.attention import (
     for_queries,
     head_groups,
     heads,
-    scaled_scores,
+    scaled,
+    scores_of,
     split,
 )
 from kernels.cpu.sparse.attention_mean import head_sum
@@ -88,6 +90,13 @@ def _mask(index, end, dtype):
     return mask.reshape(B, t, keys + 1)[..., :keys]
 
 
+def _masked_scores(q, k, mask):
+    """q (B,n,t,hs), scaled, k (B,n,keys,hs), mask (B,t,keys) -> scores (B,n,t,keys), -inf for what is not selected."""
+    s = scores_of(q, k)
+    s += mask[:, None]
+    return s
+
+
 def _masked_forward(out, lse, qkv, index, NH, start=0):
     B, T, C3 = qkv.shape
     scale = 1 / sqrt(C3 // 3 // NH)
@@ -99,9 +108,8 @@ def _masked_forward(out, lse, qkv, index, NH, start=0):
         mask = _mask(index[b, rows], end, qkv.dtype)
         keys = mask.shape[2]
         for h in head_groups(b.stop - b.start, NH, end - first, keys):
-            s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
-            s += mask[:, None]
-            attend(o[:, h], log_sums[:, h], s, v[:, h, :keys])
+            scores = partial(_masked_scores, scaled(q[:, h, first:end], scale), k[:, h, :keys], mask)
+            attend(o[:, h], log_sums[:, h], scores, v[:, h, :keys])
 
     for_queries(queries, B, NH, T, start)
 
@@ -121,10 +129,9 @@ def _masked_backward(dqkv, dout, qkv, out, lse, index, NH):
             mask = _mask(index[b, rows], end, qkv.dtype)
             keys = mask.shape[2]
             for n in head_groups(b.stop - b.start, h.stop - h.start, end - first, keys):
-                s = scaled_scores(q[:, n, rows], k[:, n, :keys], scale)
-                s += mask[:, None]
+                inputs = scaled(q[:, n, rows], scale), k[:, n, :keys], v[:, n, :keys]
+                s = _masked_scores(*inputs[:2], mask)
                 grads = dq[:, n, rows], dk[:, n, :keys], dv[:, n, :keys]
-                inputs = q[:, n, rows], k[:, n, :keys], v[:, n, :keys]
                 attend_backward(grads, inputs, do[:, n, rows], o[:, n, rows], log_sums[:, n, rows], s, scale, end == T)
 
     for_heads(some_heads, B, NH, T)
@@ -142,8 +149,7 @@ def _masked_mean(p, qkv, lse, index, NH):
         total = scratch("sparse_attention_mean", (b.stop - b.start, end - first, keys), qkv.dtype)
         total.fill(0)
         for h in head_groups(b.stop - b.start, NH, end - first, keys):
-            s = scaled_scores(q[:, h, first:end], k[:, h, :keys], scale)
-            s += mask[:, None]
+            s = _masked_scores(scaled(q[:, h, first:end], scale), k[:, h, :keys], mask)
             s -= lse[b, h, first:end, None]
             np.exp(s, out=s)
             total += head_sum(s)

@@ -15,13 +15,22 @@ The bias depends on i-j and k-l alone: a vector for each head and each k-l, of w
 T D x T D is never stored. With D = 1, no weights and no window, every bit is that of kernels.cpu.gpt2.attention.
 """
 
+from functools import partial
 from math import sqrt
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kernels.cpu.blocks import scratch
-from kernels.cpu.gpt2.attention import QUERIES, add_product, for_heads, for_queries, head_groups
+from kernels.cpu.gpt2.attention import (
+    QUERIES,
+    add_product,
+    exp_again,
+    exp_scores,
+    for_heads,
+    for_queries,
+    head_groups,
+)
 
 
 def platters(x, NH, D):
@@ -79,23 +88,22 @@ class Geometry:
         return sliding_window_view(self.ds, keys)[self.T - end : self.T - first][::-1]
 
 
-def _one_below_another(key, x):
-    """x (B,n,D,t,hd) -> (B,n,D*t,hd), a view if D is 1, else a copy: what makes products of D*t rows out of D of t"""
+def _one_below_another(key, x, factor):
+    """x (B,n,D,t,hd) -> factor * x as (B,n,D*t,hd), in scratch: products of D*t rows instead of D of t
+
+    factor: a number, or an array that goes with x.
+    """
     B, n, D, t, hd = x.shape
-    if D == 1:
-        return x[:, :, 0]
-    rows = scratch(key, x.shape, x.dtype)
-    rows[...] = x
+    rows = np.multiply(x, factor, out=scratch(key, x.shape, x.dtype))
     return rows.reshape(B, n, D * t, hd)
 
 
-def _scores(q, k, bias, scale):
-    """q (B,n,D*t,hd), k (B,n,D,keys,hd), bias (n,D,t,D,keys) -> scores (B,n,D*t,D*keys)"""
+def _scores(q, k, bias):
+    """q (B,n,D*t,hd), scaled, k (B,n,D,keys,hd), bias (n,D,t,D,keys) -> scores (B,n,D*t,D*keys)"""
     B, n, rows, _ = q.shape
     D, keys = k.shape[2:4]
     s = scratch("torus_scores", (B, n, rows, D, keys), q.dtype)
     np.matmul(q[:, :, None], k.swapaxes(3, 4), out=_by_platter(s))
-    s *= scale
     by_token = s.reshape(B, n, D, rows // D, D, keys)
     by_token += bias
     return s.reshape(B, n, rows, D * keys)
@@ -137,17 +145,12 @@ def torus_attention_forward(out, lse, qkv, a_s, a_d, NH, D, P, window=-1, wrap_d
         log_sums = lse[b, :, rows].swapaxes(2, 3)  # (B,NH,D,t)
         bias = geometry.block_bias(first, end, keys)
         for h in head_groups(b.stop - b.start, NH, D * (end - first), D * keys):
-            queries = _one_below_another("torus_queries", q[:, h, :, first:end])
-            s = _scores(queries, k[:, h, :, :keys], bias[h], scale)
-            top = s.max(axis=3)  # (B,n,D*t)
-            s -= top[..., None]
-            np.exp(s, out=s)
-            total = s.sum(axis=3)
-            a = _by_platter(s.reshape(*s.shape[:3], D, keys))
-            _add_platters(o[:, h], a, v[:, h, :, :keys])
+            queries = _one_below_another("torus_queries", q[:, h, :, first:end], scale)
+            e, total, shift = exp_scores(partial(_scores, queries, k[:, h, :, :keys], bias[h]))
+            _add_platters(o[:, h], _by_platter(e.reshape(*e.shape[:3], D, keys)), v[:, h, :, :keys])
             per_query = (*total.shape[:2], D, end - first)
             o[:, h] /= total.reshape(*per_query, 1)
-            log_sums[:, h] = (top + np.log(total)).reshape(per_query)
+            log_sums[:, h] = (np.log(total) + shift).reshape(per_query)
 
     for_queries(tokens, B, NH * D, T, start, _tokens_per_block(D))
 
@@ -178,26 +181,26 @@ def torus_attention_backward(
             keys, rows = end if causal else T, slice(first, end)
             bias = geometry.block_bias(first, end, keys)[mine]
             for h in head_groups(b.stop - b.start, mine.stop - mine.start, D * (end - first), D * keys):
-                queries = _one_below_another("torus_queries", q[:, h, :, rows])
-                douts = _one_below_another("torus_douts", do[:, h, :, rows])
-                a = _scores(queries, k[:, h, :, :keys], bias[h], scale)
-                a -= log_sums[:, h, :, rows].reshape(*a.shape[:3], 1)
-                np.exp(a, out=a)
-                ds = scratch("torus_dscores", (*a.shape[:3], D, keys), a.dtype)
+                queries = _one_below_another("torus_queries", q[:, h, :, rows], scale)
+                s = _scores(queries, k[:, h, :, :keys], bias[h])
+                e, inverse = exp_again(s, log_sums[:, h, :, rows].reshape(s.shape[:3]))
+                own = do[:, h, :, rows]  # (B,n,D,t,hd)
+                douts = _one_below_another("torus_douts", own, inverse.reshape(*own.shape[:4], 1))
+                ds = scratch("torus_dscores", (*e.shape[:3], D, keys), e.dtype)
                 np.matmul(douts[:, :, None], v[:, h, :, :keys].swapaxes(3, 4), out=_by_platter(ds))
-                delta = np.einsum("bhktc,bhktc->bhkt", do[:, h, :, rows], o[:, h, :, rows])
-                ds -= delta.reshape(*a.shape[:3], 1, 1)
-                a = a.reshape(ds.shape)
-                ds *= a
+                delta = np.einsum("bhktc,bhktc->bhkt", douts.reshape(own.shape), o[:, h, :, rows])
+                ds -= delta.reshape(*e.shape[:3], 1, 1)
+                e = e.reshape(ds.shape)
+                ds *= e
                 if da_s is not None:
                     ring, depth = _bias_sums(ds, geometry, first, end, keys)
                     ring_sums[:, h] += ring
                     depth_sums[:, h] += depth
-                ds *= scale
-                a, ds = _by_platter(a), _by_platter(ds)
+                e, ds = _by_platter(e), _by_platter(ds)
                 _add_platters(dq[:, h, :, rows], ds, k[:, h, :, :keys])
+                dq[:, h, :, rows] *= scale
                 add_product(dk[:, h, :, :keys], ds.swapaxes(3, 4), queries[:, :, None], end == T)
-                add_product(dv[:, h, :, :keys], a.swapaxes(3, 4), douts[:, :, None], end == T)
+                add_product(dv[:, h, :, :keys], e.swapaxes(3, 4), douts[:, :, None], end == T)
 
     for_heads(some_heads, B, NH, T, D)
     if da_s is not None:
