@@ -367,11 +367,7 @@ def main(argv: list[str] | None = None) -> int:
             device.synchronize()
             elapsed = time.perf_counter() - started
             seconds += elapsed
-            rate = int(B * T * grad_accum / elapsed)
-            print(f"step {step + 1:4d}/{steps}: train loss {loss:f} ({elapsed * 1000:f} ms, {rate} tok/s)", flush=True)
-            loop.print_mfu(args, device, config, elapsed)
-            if norm is not None:
-                print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
+            loop.print_step(args, device, config, step + 1, steps, loss, lr, norm, elapsed)
             log.train(step, loss)
     log.close()
 

@@ -35,8 +35,9 @@ from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
+from llmc.shares import Shares, share_rows
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
-from systems.selection import Agreement, add_report_options, report
+from systems.selection import Agreement, add_report_options, measure, report
 from systems.sparsity import (
     CONTROLLER,
     SCORED,
@@ -270,7 +271,7 @@ class GPT2:
         self.parts = self.attention, self.mlp, self.indexer, self.selection
         self.scratch = SCRATCH + self.attention.scratch + self.mlp.scratch
         self.integers = self.mlp.integers + self.selection.integers
-        self.acts = self.grads = self.dacts = self.m = self.decoder = None  # allocated when first needed
+        self.acts = self.grads_flat = self.grads = self.dacts = self.m = self.decoder = None  # until needed
 
     def layer_shapes(self, l: int, attention: Part, B: int, T: int, keys: int) -> dict:
         """Layer l's activations for B x T new tokens and so many keys, but for what is kept of every position."""
@@ -393,7 +394,7 @@ class GPT2:
         """
         ops, p, L, NH, N = self.ops, self.params, self.config.L, self.config.NH, self.B * self.T
         dense = dense or self.always_dense
-        if self.grads is None:
+        if self.grads_flat is None:
             self.allocate_gradients()
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
@@ -590,18 +591,18 @@ class GPT2:
 # the loop
 
 
-def save(args: Namespace, model: GPT2, step: int, run: loop.Run, dense: bool):
+def save(args: Namespace, batch: Shares, step: int, run: loop.Run, dense: bool):
     """Write the checkpoint, attention in its header, and the optimizer state for a run that goes on at `step`."""
+    model = batch.models[0]
     s, host, own = model.sparsity, model.ops.to_host, model.own
     if s.indexer_has_loss:  # it may fail where the language's does not
         run.val_loader.reset()
-        divergences, _, _ = model.measure(run.val_loader.next_batch()[0], dense)
-        loop.check_finite("indexer's", sum(divergences), step, args)
+        loop.check_finite("indexer's", sum(measure(batch, run.val_loader.next_batch()[0], dense)[0]), step, args)
     params = host(model.params_flat)
     plain = s.attention == "dense" and not model.extra
     kind, fields = (DENSE, ()) if plain else (SPARSE_ATTENTION, s.fields())
     file = Model(model.config, params[:own], step, kind=kind, fields=fields, extra=params[own:])
-    loop.save(args, model, file, host(model.m_flat), host(model.v_flat), run, dense=dense)
+    loop.save(args, batch, file, host(model.m_flat), host(model.v_flat), run, dense=dense)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -624,7 +625,11 @@ def main(argv: list[str] | None = None) -> int:
     tell_allocated(file.params.nbytes + extra.nbytes, "model parameters")
     if extra.size:
         print(f"{extra.size} parameters of indexer and controller, {file.params.size + extra.size} in all")
-    model = GPT2(device, config, sparsity, np.concatenate([file.params, extra]), B, T, args.balance)
+    params = np.concatenate([file.params, extra])
+    whole = is_moe(config) or sparsity.adaptive == "upstream"  # the experts' balance, or k, is the whole batch's
+    rows = [B] if whole else share_rows(device, B, T, params.size)
+    batch = Shares([GPT2(device, config, sparsity, params, b, T, args.balance) for b in rows])
+    model = batch.models[0]
     learns = args.train_indexer and sparsity.indexer_has_loss
     if state:
         model.allocate_moments(state.m, state.v)
@@ -639,20 +644,20 @@ def main(argv: list[str] | None = None) -> int:
             last_step, warming_up = step == steps, step < warmup  # in the warm-up attention is dense
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
-                    save(args, model, step, run, warming_up)
+                    save(args, batch, step, run, warming_up)
                 break
             if step == warmup > 0:
                 print(f"indexer warmed up: from step {step + 1} attention is sparse and both learn", flush=True)
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0) or step == warmup > 0:
-                val_loss = loop.evaluate(model, run.val_loader, run.val_batches, dense=warming_up)
+                val_loss = loop.evaluate(batch, run.val_loader, run.val_batches, dense=warming_up)
                 loop.check_finite("val", val_loss, step, args)
                 print(f"val loss {val_loss:f}", flush=True)
                 log.val(step, val_loss)
                 if sparsity.attention == "sparse" or args.answers_after:
-                    report(model, run.val_loader, run.val_batches, args, log, step, warming_up)
+                    report(batch, run.val_loader, run.val_batches, args, log, step, warming_up)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
-                save(args, model, step, run, warming_up)
+                save(args, batch, step, run, warming_up)
             if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
                 loop.print_sample(model, run, args.sample_tokens, dense=warming_up)
             if last_step:
@@ -663,12 +668,11 @@ def main(argv: list[str] | None = None) -> int:
                 run.train_loader.reset()
             loss = 0.0
             for micro_step in range(grad_accum):
-                inputs, targets = run.train_loader.next_batch()
-                model.forward(inputs, targets, grad_accum, dense=warming_up, draw=step + 1)
-                model.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=grad_accum)
-                loss += model.mean_loss() / grad_accum
+                batch.forward(*run.train_loader.next_batch(), grad_accum, dense=warming_up, draw=step + 1)
+                batch.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=grad_accum)
+                loss += batch.mean_loss() / grad_accum
                 if learns:
-                    loop.check_finite("indexer's", model.mean_kl(), step + 1, args)
+                    loop.check_finite("indexer's", batch.mean(GPT2.mean_kl), step + 1, args)
             loop.check_finite("train", loss, step + 1, args)
             if warming_up:  # a schedule for each stage
                 at, length, indexer_lr = step, warmup, args.indexer_lr
@@ -681,11 +685,7 @@ def main(argv: list[str] | None = None) -> int:
             device.synchronize()
             elapsed = time.perf_counter() - started
             seconds += elapsed
-            rate = int(B * T * grad_accum / elapsed)
-            print(f"step {step + 1:4d}/{steps}: train loss {loss:f} ({elapsed * 1000:f} ms, {rate} tok/s)", flush=True)
-            loop.print_mfu(args, device, config, elapsed)
-            if norm is not None:
-                print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
+            loop.print_step(args, device, config, step + 1, steps, loss, lr, norm, elapsed)
             log.train(step, loss)
     log.close()
 

@@ -512,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"early stop after {step} steps: {worse} validations without one below {best:f}")
                     last_step = True
             if step == start:
-                print_memory(model, device.memory_used() - before)
+                print_memory(batch.models, device.memory_used() - before)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
                 save(args, batch, step, run, extra)
@@ -535,11 +535,7 @@ def main(argv: list[str] | None = None) -> int:
             device.synchronize()
             elapsed = time.perf_counter() - started
             seconds += elapsed
-            rate = int(B * T * grad_accum / elapsed)
-            print(f"step {step + 1:4d}/{steps}: train loss {loss:f} ({elapsed * 1000:f} ms, {rate} tok/s)", flush=True)
-            loop.print_mfu(args, device, config, elapsed)
-            if norm is not None:
-                print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
+            loop.print_step(args, device, config, step + 1, steps, loss, lr, norm, elapsed)
             log.train(step, loss)
     log.close()
 
@@ -551,11 +547,12 @@ def main(argv: list[str] | None = None) -> int:
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 
-def print_memory(model: GPT2, measured: int) -> None:
+def print_memory(models: list[GPT2], measured: int) -> None:
     """What is expected of forward passes, with --recompute also without; and what they took, if any has been run."""
-    predicted, without = model.activation_bytes(model.recompute) >> 20, model.activation_bytes(False) >> 20
-    saved = f" ({without} without --recompute)" if model.recompute else ""
-    grew = f", memory grew by {measured >> 20} MiB" if model.acts is not None else ""
+    recompute, ran = models[0].recompute, models[0].acts is not None
+    predicted, without = (sum(model.activation_bytes(way) for model in models) >> 20 for way in (recompute, False))
+    saved = f" ({without} without --recompute)" if recompute else ""
+    grew = f", memory grew by {measured >> 20} MiB" if ran else ""
     print(f"activations: {predicted} MiB predicted{saved}{grew}")
 
 

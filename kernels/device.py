@@ -50,7 +50,7 @@ class Device(Protocol):
         """A function that gives `array` in NumPy; the device meanwhile goes on with what follows."""
 
     def num_shares(self) -> int:
-        """How many threads a batch may be shared out to: the cores of the CPU, 1 on a GPU, which is one for all rows."""
+        """How many threads a batch may be shared out to: as many as the CPU has cores, one on a GPU."""
 
     def side_by_side(self, work: Callable[[int], None], n: int) -> None:
         """work(0), .., work(n-1), on the CPU at the same time."""

@@ -127,11 +127,21 @@ def save(
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
 
 
-def print_mfu(args: Namespace, device, config: GPT2Config, seconds: float) -> None:
-    """With --mfu 1, the line behind that of a step which took so many seconds."""
+def print_step(
+    args: Namespace, device, config: GPT2Config, step: int, steps: int, loss: float, lr: float, norm, seconds: float
+) -> None:
+    """The line of step 1, 2, .. `steps`, which took so many seconds; with --mfu 1 and --grad-clip one more each.
+
+    norm: the gradient's, or None.
+    """
+    T = args.seq_len
+    tokens = args.batch_size * T * args.grad_accum
+    rate = int(tokens / seconds)
+    print(f"step {step:4d}/{steps}: train loss {loss:f} ({seconds * 1000:f} ms, {rate} tok/s)", flush=True)
     if args.mfu:
-        tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
         print(described(card_name(device.describe()), device.tf32, config, tokens, T, seconds), flush=True)
+    if norm is not None:
+        print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
 
 
 def print_stopped(args: Namespace, step: int, start: int) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 
 
 def share_rows(device, B: int, T: int, num_params: int) -> list[int]:
-    """How many of B rows of T tokens each share has: all in one, or about as many in each of as many as there are cores.
+    """How many of B rows of T tokens each share has: all of them one share, or about as many each core's.
 
     The only place that decides. A share's products write its own gradients for all weights, which are read again: that
     pays where the tokens are many for the parameters, or where all gradients stay in the cache.
     """
     shares = min(device.num_shares(), B)
-    if shares * num_params > MOST_GRADIENTS and B * T < shares * TOKENS:
+    if shares * num_params > MOST_GRADIENTS and shares * TOKENS > B * T:
         shares = 1
     return [B * (k + 1) // shares - B * k // shares for k in range(shares)]
 
@@ -81,6 +81,10 @@ class Shares:
 
             self.side_by_side(add_up)
 
+    def mean(self, of) -> float:
+        """The mean over all rows of of(model), a mean over its rows."""
+        return sum(of(model) * model.B for model in self.models) / self.B
+
     def mean_loss(self) -> float:
         """As the model's, over all rows."""
-        return sum(model.mean_loss() * model.B for model in self.models) / self.B
+        return self.mean(lambda model: model.mean_loss())

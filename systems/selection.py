@@ -5,7 +5,7 @@ layer; dense is whether it attends to all keys in this phase.
 """
 
 from argparse import ArgumentTypeError, Namespace
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
+from llmc.shares import Shares
 
 
 def ids(text: str) -> str:
@@ -67,6 +68,10 @@ class Agreement:
         self.queries += sizes.size
         self.kept += int(sizes.sum())
 
+    def __add__(self, other: "Agreement") -> "Agreement":
+        """Both together."""
+        return Agreement(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other))))
+
     @property
     def recall(self) -> float:
         """Mean share of the likeliest keys among those selected, 1 if nothing was left out anywhere."""
@@ -95,19 +100,28 @@ def hits(index: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
     return float((index == wanted[..., None]).any(-1)[mask].mean()) if mask.any() else float("nan")
 
 
-def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int, dense: bool):
+def measure(batch: Shares, inputs: np.ndarray, dense: bool) -> tuple[list[float], list[Agreement], float]:
+    """Each layer's KL, what its selection has of dense attention, the indexer's share of the time; over all rows."""
+    found = [(model.B / batch.B, *model.measure(rows, dense)) for model, rows in batch.split(inputs)]
+    weights, divergences, agreements, times = zip(*found)
+    together = [sum(of_layer, Agreement()) for of_layer in zip(*agreements)]
+    return np.dot(weights, divergences).tolist(), together, float(np.dot(weights, times))
+
+
+def report(batch: Shares, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int, dense: bool):
     """Print what the selection has of dense attention, on the first validation batch, and of answers, on all.
 
     dense: whether the model attends to all keys in this phase.
     """
+    model = batch.models[0]
     if model.sparsity.attention == "sparse" and not model.sparsity.leak:
         loader.reset()
-        divergences, agreements, part = model.measure(loader.next_batch()[0], dense)
+        divergences, agreements, part = measure(batch, loader.next_batch()[0], dense)
         causal = model.T * (model.T + 1) // 2
         for l, agreement in enumerate(agreements):
             kl = f"KL {divergences[l]:.4f}, " if divergences else ""
             found = f"recall@k {agreement.recall:.4f}, mass@k {agreement.mean_mass:.4f}"
-            print(f"layer {l}: {kl}{found}, kept {agreement.kept / model.B:.1f} of {causal} pairs", flush=True)
+            print(f"layer {l}: {kl}{found}, kept {agreement.kept / batch.B:.1f} of {causal} pairs", flush=True)
         if divergences:
             check_finite("indexer's", sum(divergences), step, args)
             log.add("kl", step, sum(divergences) / len(divergences))
@@ -116,7 +130,7 @@ def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger
         log.add("mass", step, sum(each.mean_mass for each in agreements) / len(agreements))
     if args.answers_after:
         first, end = map(int, args.answers_after.split(":"))
-        right, found = answer_accuracy(model, loader, batches, first, end, dense)
+        right, found = answer_accuracy(batch, loader, batches, first, end, dense)
         if right is None:
             print("answers: none in the validation data", flush=True)
             return
@@ -126,24 +140,25 @@ def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger
 
 
 def answer_accuracy(
-    model, loader: DataLoader, batches: int, first: int, end: int, dense: bool
+    batch: Shares, loader: DataLoader, batches: int, first: int, end: int, dense: bool
 ) -> tuple[float | None, list[float]]:
     """Share of the tokens after ids first..end-1 that are likeliest; by layer, how often their source was selected.
 
     dense: as in report. None if there is no answer at all, no layers where all keys are attended to.
     """
+    model = batch.models[0]
     selects = not (dense or model.always_dense)
     right, found, total = 0, np.zeros(model.config.L), 0
     loader.reset()
     for _ in range(batches):
-        inputs, targets = loader.next_batch()
-        asked, wanted = answers(inputs, targets, first, end), sources(inputs, targets)
-        model.forward(inputs, dense=dense)
-        likeliest = model.ops.to_host(model.acts.logits)[:, : model.config.V].argmax(1).reshape(inputs.shape)
-        right, total = right + int((likeliest == targets)[asked].sum()), total + int(asked.sum())
-        if selects and asked.any():
-            lists = [model.ops.to_host(v.index) for v in model.layers]
-            found += [hits(index, wanted, asked) * asked.sum() for index in lists]
+        for model, inputs, targets in batch.split(*loader.next_batch()):
+            asked, wanted = answers(inputs, targets, first, end), sources(inputs, targets)
+            model.forward(inputs, dense=dense)
+            likeliest = model.ops.to_host(model.acts.logits)[:, : model.config.V].argmax(1).reshape(inputs.shape)
+            right, total = right + int((likeliest == targets)[asked].sum()), total + int(asked.sum())
+            if selects and asked.any():
+                lists = [model.ops.to_host(v.index) for v in model.layers]
+                found += [hits(index, wanted, asked) * asked.sum() for index in lists]
     if not total:
         return None, []
     return right / total, list(found / total) if selects else []

@@ -92,6 +92,11 @@ def _openblas():
 _blas = _openblas()
 
 
+def sets_blas_threads() -> bool:
+    """Whether products can be told to stay in the thread that asks for them."""
+    return _blas is not None
+
+
 @contextmanager
 def _one_blas_thread():
     """OpenBLAS multiplies in the thread that calls it.
@@ -147,12 +152,6 @@ def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floa
             _wait_for(others)
         for other in others:
             other.result()
-
-
-def side_by_side(work: Callable[[int], None], n: int) -> None:
-    """Call work(0), .., work(n-1), each in a thread of its own with one BLAS thread, as many at a time as there are
-    cores; if n is 1 in place. Raises what `work` raises."""
-    for_blocks(lambda k, _: work(k), n, 1, PARALLEL_BYTES)
 
 
 def _wait_for(shares: list[Future]) -> None:
