@@ -1,6 +1,7 @@
 """Buffers of a model on a device: one flat array with a view per tensor, or an array per name."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from math import prod
 from types import SimpleNamespace
@@ -63,6 +64,25 @@ def total_bytes(buffers: SimpleNamespace) -> int:
     return sum(array.nbytes for array in vars(buffers).values())
 
 
+_together: dict[str, int] | None = None  # bytes by purpose, while they are added up
+
+
 def tell_allocated(nbytes: int, what: str) -> None:
     """allocated 27 MiB for parameter gradients"""
-    print(f"allocated {nbytes >> 20} MiB for {what}")
+    if _together is not None:
+        _together[what] = _together.get(what, 0) + nbytes
+    else:
+        print(f"allocated {nbytes >> 20} MiB for {what}")
+
+
+@contextmanager
+def told_together() -> Iterator[None]:
+    """What is allocated inside for the same purpose, by one model after another, is told as one sum at the end."""
+    global _together
+    _together = {}
+    try:
+        yield
+    finally:
+        sums, _together = _together, None
+    for what, nbytes in sums.items():
+        tell_allocated(nbytes, what)

@@ -7,6 +7,8 @@ pass of a share fits its core's cache better. It costs a buffer of gradients for
 
 import numpy as np
 
+from llmc.buffers import told_together
+
 
 def share_rows(device, B: int, T: int, num_params: int) -> list[int]:
     """How many of B rows of T tokens each share has: all of them one share, or about as many each core's.
@@ -46,9 +48,10 @@ class Shares:
 
     def forward(self, inputs: np.ndarray, targets: np.ndarray | None = None, grad_accum: int = 1, **phase) -> None:
         """As the model's: inputs, targets (B,T). The mean is over all B rows."""
-        for model in self.models:
-            if model.acts is None:
-                model.allocate_activations()
+        with told_together():
+            for model in self.models:
+                if model.acts is None:
+                    model.allocate_activations()
 
         def share(k):
             model, rows = self.models[k], self.rows[k]
@@ -59,9 +62,10 @@ class Shares:
 
     def backward(self, first: bool = True, *stages: bool, **phase) -> None:
         """As the model's, then the sum of all shares' gradients."""
-        for model in self.models:
-            if model.grads_flat is None:
-                model.allocate_gradients()
+        with told_together():
+            for model in self.models:
+                if model.grads_flat is None:
+                    model.allocate_gradients()
 
         def share(k):
             model, own = self.models[k], dict(phase)

@@ -1,0 +1,119 @@
+"""A batch in shares, side by side: the same loss and gradients as in one piece, the same bits every time."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_model
+import test_sparse_model
+import test_torus_model
+import tiny
+from check_op import relative
+
+import train_banded
+import train_sparse_attn
+import train_toroidal
+from kernels import cpu
+from kernels.cpu import blocks
+from llmc.shares import MOST_GRADIENTS, TOKENS, Shares, share_rows
+from systems.selection import measure
+from systems.sparsity import Sparsity
+from systems.torus import Torus
+
+INDEXER = dict(indexer="lightning", heads=3, width=4)
+TOP_K = Sparsity((3, 4), **INDEXER, rotated=2)
+MODELS = {
+    "banded": lambda B, dtype: test_model.tiny_model(B, 5, 16, 12, dtype=dtype),
+    "sparse": lambda B, dtype: test_sparse_model.tiny_model(test_sparse_model.GPT2, TOP_K, B, 5, dtype),
+    "random": lambda B, dtype: test_sparse_model.tiny_model(
+        test_sparse_model.GPT2, replace(TOP_K, selector="random", indexer="none"), B, 5, dtype
+    ),
+    "mla": lambda B, dtype: test_sparse_model.tiny_model(test_sparse_model.MLA, TOP_K, B, 5, dtype),
+    "torus": lambda B, dtype: test_torus_model.tiny_model(Torus(layers=(0,), depth=2, period=5), B, 5, dtype),
+}
+SPARSE = ("sparse", "random", "mla")
+
+
+@pytest.fixture(autouse=True)
+def three_cores(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    monkeypatch.setattr(blocks, "usable_cores", lambda: 3)
+
+
+def shares(kind: str, rows: list[int], dtype=np.float64) -> Shares:
+    return Shares([MODELS[kind](B, dtype) for B in rows])  # each draws the same parameters
+
+
+def step(batch: Shares, kind: str, micro_steps: int = 2, dense=False) -> tuple[list[float], np.ndarray]:
+    """(losses, gradients) of an update over so many micro-steps"""
+    losses = []
+    stages, phase = ((True, kind != "random"), dict(dense=dense)) if kind in SPARSE else ((), {})
+    for micro_step in range(micro_steps):
+        inputs, targets = test_model.batch(batch.B, 5, seed=micro_step)
+        batch.forward(inputs, targets, micro_steps, **phase)
+        accumulated = dict(grad_accum=micro_steps) if kind in SPARSE else {}
+        batch.backward(micro_step == 0, *stages, **phase, **accumulated)
+        losses.append(batch.mean_loss())
+        if kind in SPARSE and kind != "random":
+            losses.append(batch.mean(lambda model: model.mean_kl()))
+    return losses, batch.models[0].grads_flat.copy()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_shares_give_what_the_whole_batch_gives(kind, dense):
+    """Uneven ones too, over two micro-steps, twice over: in float64 within its rounding."""
+    whole, parts = shares(kind, [5]), shares(kind, [1, 2, 2])
+    for _ in range(2):
+        (losses, grads), (losses3, grads3) = step(whole, kind, dense=dense), step(parts, kind, dense=dense)
+        assert relative(np.array(losses3), np.array(losses)) < 1e-13
+        assert np.abs(grads).max() > 1e-3 and relative(grads3, grads) < 1e-12
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_shares_give_the_same_bits_every_time(kind):
+    found = {step(shares(kind, [2, 1, 2], np.float32), kind)[1].tobytes() for _ in range(5)}
+    assert len(found) == 1
+
+
+def test_what_a_selection_has_of_dense_attention_is_measured_over_all_shares():
+    inputs, _ = test_model.batch(5, 5)
+    (kl, found, _), (kl3, found3, _) = (measure(shares("sparse", rows), inputs, False) for rows in ([5], [1, 2, 2]))
+    assert np.allclose(kl, kl3, rtol=1e-13)
+    assert [(a.rows, a.kept, a.queries) for a in found] == [(a.rows, a.kept, a.queries) for a in found3]
+    for name in ("recall", "mean_mass"):
+        assert [getattr(a, name) for a in found] == pytest.approx([getattr(a, name) for a in found3], rel=1e-12)
+
+
+def test_rows_are_shared_out_where_it_pays(monkeypatch):
+    """As evenly as can be, never an empty share; one where gradients are many for the tokens, or there is one core."""
+    assert share_rows(cpu, 5, 64, 1000) == [1, 2, 2] and share_rows(cpu, 2, 64, 1000) == [1, 1]
+    assert share_rows(cpu, 1, 1024, 1000) == [1]
+    many = MOST_GRADIENTS // 3 + 1
+    assert share_rows(cpu, 3, 64, many - 1) == [1, 1, 1] and share_rows(cpu, 3, 64, many) == [3]
+    assert share_rows(cpu, 3, TOKENS, many) == [1, 1, 1]
+    monkeypatch.setattr(blocks, "_blas", None)
+    assert share_rows(cpu, 5, 64, 1000) == [5], "products of a BLAS that is not OpenBLAS would take all cores each"
+
+
+def test_an_error_in_a_share_is_raised_and_the_next_step_is_right():
+    parts, (inputs, targets) = shares("banded", [2, 2]), test_model.batch(4, 5)
+    inputs[3, 0] = 99
+    with pytest.raises(IndexError, match=r"token ids \d\.\.99"):
+        parts.forward(inputs, targets)
+    whole = shares("banded", [4])
+    assert relative(step(parts, "banded")[1], step(whole, "banded")[1]) < 1e-12
+
+
+@pytest.mark.parametrize("trainer", [train_banded, train_sparse_attn, train_toroidal])
+def test_a_run_in_shares_prints_the_losses_of_one_thread(folder, trainer, capfdbinary, monkeypatch):
+    """Within float32's rounding; memory is told once, as the sum of the shares'."""
+    argv = [*tiny.options(steps=4, batch_size=3, grad_accum=1), "-e", "model.bin", "-c", "c.bin"]
+    runs = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
+        runs.append(tiny.done(tiny.call(capfdbinary, trainer.main, *argv)).out)
+    one, three = (tiny.losses(out) | dict(enumerate(tiny.val_losses(out), 100)) for out in runs)
+    assert len(one) >= 6 and one == pytest.approx(three, abs=2e-6)
+    told = [[line for line in out.splitlines() if line.startswith("allocated")] for out in runs]
+    assert [line.split(" for ")[1] for line in told[0]] == [line.split(" for ")[1] for line in told[1]]
