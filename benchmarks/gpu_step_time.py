@@ -75,7 +75,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "124M": Size(GPT2Config(), 4, 1024, ("dense", "both256", "toroidal")),
-    "tiny": Size(step_time.SIZES["tiny"], 4, 64, ("dense", "both256", "toroidal")),
+    "tiny": Size(step_time.SIZES["tiny"].config, 4, 64, ("dense", "both256", "toroidal")),
     "long": Size(GPT2Config(maxT=4096, L=4), 1, 4096, ("dense", "sparse", "recency")),
 }
 PROFILED = {"124M": ("dense", "both256", "toroidal"), "tiny": ("dense",), "long": ("dense", "sparse")}

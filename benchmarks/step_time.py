@@ -1,13 +1,15 @@
 """Milliseconds of a training step, ours and PyTorch's, the same GPT-2 on the same tokens.
 
-    python benchmarks/step_time.py                          # both sizes; PyTorch if it is installed
-    python benchmarks/step_time.py --sizes 124M --steps 5
+    python benchmarks/step_time.py                          # all sizes; PyTorch if it is installed
+    python benchmarks/step_time.py --sizes 124M --steps 10
+    python benchmarks/step_time.py --sizes chars128 --ops 1 # where a step's time goes, op by op
 
 Each program is a process of its own that runs one step when told to. They take turns, step by step, so that whatever
-else the machine does meets all of them alike; medians are of the steps after the first three. A step is forward,
-backward and AdamW in float32. The last row is what no dense step on NumPy can beat: its BLAS on nothing but the
-products of the fully connected layers. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are unset for all: they override what
-OpenBLAS finds out about the processor. Peak memory is the operating system's figure for the whole process.
+else the machine does meets all of them alike; medians are of the steps after the first three, ratios are the medians of
+those of five turns, with the lowest and the highest. A step is forward, backward and AdamW in float32. The products'
+rows are what no dense step on NumPy can beat: its BLAS on nothing but the products of the fully connected layers.
+OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are unset for all: they override what OpenBLAS finds out about the processor.
+Peak memory is the operating system's figure for the whole process.
 """
 
 import os
@@ -21,51 +23,181 @@ if __name__ == "__main__":
 
 import resource
 import time
+from collections import defaultdict
 from importlib.util import find_spec
+from threading import get_ident
+from types import SimpleNamespace
+from typing import NamedTuple
 
-import kernels  # before NumPy, as in the trainers  # isort: skip
+from kernels import cpu  # before NumPy, as in the trainers  # isort: skip
 import numpy as np
 import turns
 
-from llmc.checkpoint import GPT2Config, named_views, tensor_shapes
-from llmc.cli import ArgumentParser, natural, positive_int
+from kernels.device import ops_on_shelves
+from llmc.checkpoint import GPT2Config, Model, named_views, tensor_shapes
+from llmc.cli import ArgumentParser, flag01, natural
 from llmc.errors import UserError, run
 from llmc.init import gpt2_init
+from llmc.shares import Shares, share_rows
+from systems.band import Band
+from systems.sparsity import Sparsity
+from systems.torus import Torus, extra_init
 
-SIZES = {"tiny": GPT2Config(maxT=256, L=4, NH=4, C=128), "124M": GPT2Config()}
-STEPS = {"tiny": 40, "124M": 12}
 PROGRAMS = {
     "torch": "PyTorch eager",
+    "compiled": "torch.compile",
     "dense": "ours, dense",
     "w256": "ours, FC1 band 256",
     "both256": "ours, both 256",
+    "torch_window": "PyTorch, mask",
+    "window": "ours, window of 32",
+    "torch_torus": "PyTorch, the same",
+    "torus": "ours, toroidal",
     "products": "products of dense",
+    "products1": "products, 1 thread",
 }
-WARM_UP = 3
+PEERS = ("torch", "torch_window", "torch_torus")  # what a ratio is to: the first of a size's programs
+BANDED = ("torch", "dense", "w256", "both256", "products")
+DENSE = ("torch", "compiled", "dense", "products", "products1")
 
 
-def our_step(config: GPT2Config, B: int, T: int, bands: tuple[int, int]):
-    """A function that runs one step of train_banded.py on a batch and returns the loss."""
-    from systems.band import Band
-    from train_banded import GPT2
+class Size(NamedTuple):
+    """A model, its batch, how many steps are timed, and of which programs."""
 
-    model = GPT2(kernels.open_device("cpu"), config, gpt2_init(config, 1), B, T, Band(*bands))
-    model.mask_weights()
+    config: GPT2Config
+    B: int
+    T: int
+    steps: int
+    programs: tuple[str, ...]
+
+
+SMALL = dict(V=65, Vp=128, L=4, NH=4, C=128)  # 65 characters, as in Shakespeare's plays
+SIZES = {
+    "chars64": Size(GPT2Config(maxT=64, **SMALL), 12, 64, 40, DENSE),
+    "chars128": Size(GPT2Config(maxT=128, **SMALL), 8, 128, 40, DENSE),
+    "chars256": Size(GPT2Config(maxT=256, V=65, Vp=128, L=6, NH=6, C=384), 4, 256, 15, DENSE),
+    "window": Size(GPT2Config(maxT=128, **SMALL), 8, 128, 40, ("torch_window", "window")),
+    "torus": Size(GPT2Config(maxT=128, **SMALL), 8, 128, 40, ("torch_torus", "torus")),
+    "tiny": Size(GPT2Config(maxT=256, L=4, NH=4, C=128), 4, 64, 40, BANDED),
+    "124M": Size(GPT2Config(), 4, 64, 15, BANDED),
+    "124M-long": Size(GPT2Config(), 1, 1024, 5, BANDED),
+}
+WINDOW, DEPTH = 32, 2  # keys of a query; platters of a head
+WARM_UP, TURNS = 3, 5
+
+
+def our_models(program: str, config: GPT2Config, B: int, T: int, device) -> Shares:
+    """The batch of the trainer that a program is, as its main makes it."""
+    import train_banded
+    import train_sparse_attn
+    import train_toroidal
+
+    params = gpt2_init(config, 1)
+    rows = share_rows(device, B, T, params.size)
+    if program == "window":
+        sparsity = Sparsity((WINDOW,) * config.L, selector="recency")
+        return Shares([train_sparse_attn.GPT2(device, config, sparsity, params, b, T) for b in rows])
+    if program == "torus":
+        torus = Torus(tuple(range(config.L)), depth=DEPTH, period=T, fusion="identity")
+        params = np.concatenate([params, extra_init(Model(config, params), torus, 1)])
+        return Shares([train_toroidal.GPT2(device, config, torus, params, b, T) for b in rows])
+    bands = Band(*{"dense": (0, 0), "w256": (256, 0), "both256": (256, 256)}[program])
+    models = [train_banded.GPT2(device, config, params, b, T, bands) for b in rows]
+    for model in models:
+        model.mask_weights()
+    return Shares(models)
+
+
+def our_step(program: str, config: GPT2Config, B: int, T: int, device=cpu):
+    """A function that runs one step of a trainer on a batch and returns the loss."""
+    batch = our_models(program, config, B, T, device)
 
     def step(t: int, inputs: np.ndarray, targets: np.ndarray) -> float:
-        model.forward(inputs, targets)
-        loss = model.mean_loss()
-        model.backward()
-        model.update(t, 1e-4)
+        batch.forward(inputs, targets)
+        loss = batch.mean_loss()
+        batch.backward()
+        if program == "window":
+            batch.models[0].update(t, 1e-4, 0, 0.0)
+        else:
+            batch.models[0].update(t, 1e-4)
         return loss
 
     return step
 
 
-def torch_step(config: GPT2Config, B: int, T: int, device: str = "cpu", compiled=False, bfloat16=False):
+def op_times(size: str, B: int, T: int, steps: int) -> str:
+    """A table of the ops of a dense step: milliseconds a thread, the mean of all threads."""
+    config, spent = SIZES[size].config, defaultdict(lambda: defaultdict(float))
+
+    def timed(name, op):
+        def call(*arguments, **named):
+            began = time.perf_counter()
+            op(*arguments, **named)
+            spent[get_ident()][name] += time.perf_counter() - began
+
+        return call
+
+    ops = {name: timed(name, op) for name, op in ops_on_shelves("cpu").items() if name != "global_norm"}
+    step = our_step("dense", config, B, T, SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | ops))
+    tokens, whole = np.random.default_rng(2), []
+    for t in range(1, WARM_UP + steps + 1):
+        if t == WARM_UP + 1:
+            spent.clear()
+        inputs, targets = tokens.integers(0, config.V, (2, B, T)).astype(np.int32)
+        began = time.perf_counter()
+        step(t, inputs, targets)
+        whole.append(time.perf_counter() - began)
+    names = {name for of_thread in spent.values() for name in of_thread}
+    mean = {name: 1e3 * sum(of[name] for of in spent.values()) / steps / len(spent) for name in names}
+    total = 1e3 * np.mean(whole[WARM_UP:])
+    rows = [
+        f"{name:<28} {ms:8.2f} ms {100 * ms / total:5.1f}%" for name, ms in sorted(mean.items(), key=lambda x: -x[1])
+    ]
+    return "\n".join([f"{size}: {total:.1f} ms a step on {len(spent)} threads, of which each spends in", *rows])
+
+
+def causal_attention(q, k, v):
+    """q, k, v (B,NH,T,hs), causal, PyTorch's own."""
+    import torch.nn.functional as F
+
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def window_attention(T: int):
+    """Each query's last WINDOW keys, by a mask."""
+    import torch
+    import torch.nn.functional as F
+
+    lag = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (lag >= 0) & (lag < WINDOW)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def torus_attention(T: int):
+    """What train_toroidal.py computes with --fusion identity --rope none --lambda 1 on a ring of T: T D sub-tokens."""
+    import torch
+    import torch.nn.functional as F
+
+    token, depth = (x.reshape(-1) for x in torch.meshgrid(torch.arange(T), torch.arange(DEPTH), indexing="ij"))
+    lag = token[:, None] - token
+    bias = -torch.minimum(lag % T, -lag % T) / T - (depth[:, None] - depth).abs() / DEPTH
+    bias[lag < 0] = -torch.inf
+
+    def attend(q, k, v):
+        B, NH, _, hs = q.shape
+        q, k, v = (x.reshape(B, NH, T * DEPTH, hs // DEPTH) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).reshape(B, NH, T, hs)
+
+    return attend
+
+
+def torch_step(
+    config: GPT2Config, B: int, T: int, device: str = "cpu", compiled=False, bfloat16=False, attend=causal_attention
+):
     """The same in PyTorch as one writes it today: scaled_dot_product_attention, cross_entropy, fused AdamW.
 
-    compiled: by torch.compile; bfloat16: under autocast, which keeps parameters and AdamW in float32.
+    compiled: by torch.compile; bfloat16: under autocast, which keeps parameters and AdamW in float32; attend: of a
+    layer's q, k, v.
     """
     import torch
     import torch.nn.functional as F
@@ -84,7 +216,7 @@ def torch_step(config: GPT2Config, B: int, T: int, device: str = "cpu", compiled
         for l in range(config.L):
             h = F.layer_norm(x, (C,), p["ln1w"][l], p["ln1b"][l])
             q, k, v = F.linear(h, p["qkvw"][l], p["qkvb"][l]).view(B, T, 3, NH, C // NH).permute(2, 0, 3, 1, 4)
-            h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C)
+            h = attend(q, k, v).transpose(1, 2).reshape(B, T, C)
             x = x + F.linear(h, p["attprojw"][l], p["attprojb"][l])
             h = F.layer_norm(x, (C,), p["ln2w"][l], p["ln2b"][l])
             h = F.gelu(F.linear(h, p["fcw"][l], p["fcb"][l]), approximate="tanh")
@@ -132,14 +264,23 @@ def products_step(config: GPT2Config, B: int, T: int):
     return step
 
 
+def step_of(program: str, config: GPT2Config, B: int, T: int):
+    """The function that is timed."""
+    if program.startswith("products"):
+        return products_step(config, B, T)
+    if program == "compiled":
+        return torch_step(config, B, T, compiled=True)
+    if program in PEERS:
+        own = dict(torch_window=window_attention, torch_torus=torus_attention)
+        return torch_step(config, B, T, attend=own[program](T) if program in own else causal_attention)
+    return our_step(program, config, B, T)
+
+
 def work(program: str, size: str, B: int, T: int) -> None:
     """A worker: one step for each line on stdin; prints its milliseconds, the loss and the peak memory in MiB."""
-    config = SIZES[size]
-    bands = {"dense": (0, 0), "w256": (256, 0), "both256": (256, 256)}
-    others = {"torch": torch_step, "products": products_step}
-    step = others[program](config, B, T) if program in others else our_step(config, B, T, bands[program])
+    config = SIZES[size].config
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # the model reports what it allocates
-    tokens = np.random.default_rng(2)
+    step, tokens = step_of(program, config, B, T), np.random.default_rng(2)
     for t, _ in enumerate(sys.stdin, 1):
         inputs, targets = tokens.integers(0, config.V, (2, B, T)).astype(np.int32)
         started = time.perf_counter()
@@ -151,21 +292,30 @@ def work(program: str, size: str, B: int, T: int) -> None:
 
 def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> str:
     """Print, and return, a row for each program: median ms, ratio to PyTorch's, first loss, peak memory."""
-    config = SIZES[size]
+    config = SIZES[size].config
     lines = [f"{size}: C={config.C} L={config.L} V={config.V} B={B} T={T}, float32, medians of {steps} steps"]
     options = ["--sizes", size, "-b", B, "-t", T]
-    workers = {program: turns.start(__file__, "--worker", program, *options) for program in programs}
+    threads = {"products1": 1}
+    workers = {
+        program: turns.start(__file__, "--worker", program, *options, threads=threads.get(program))
+        for program in programs
+    }
     answers = {program: [] for program in programs}
     for _ in range(WARM_UP + steps):
         for program, worker in workers.items():
             answers[program].append(turns.turn(worker))
     turns.stop(workers.values())
-    median = {program: np.median([ms for ms, _, _ in rows[WARM_UP:]]) for program, rows in answers.items()}
+    times = {program: np.array([ms for ms, _, _ in rows[WARM_UP:]]) for program, rows in answers.items()}
+    peer = next((program for program in programs if program in PEERS), None)
     for program, rows in answers.items():
-        ratio = f"{median['torch'] / median[program]:5.2f} x" if "torch" in median else "      -"
-        fastest = min(ms for ms, _, _ in rows[WARM_UP:])
-        row = f"  {PROGRAMS[program]:<20} {median[program]:8.1f} ms (fastest {fastest:8.1f})  {ratio}"
-        if program != "products":
+        ratio = "      -"
+        if peer:  # of each turn, several steps
+            pairs = zip(*(np.array_split(times[each], min(TURNS, steps)) for each in (peer, program)))
+            ratios = [np.median(theirs) / np.median(ours) for theirs, ours in pairs]
+            ratio = f"{np.median(ratios):5.2f} x ({min(ratios):.2f} .. {max(ratios):.2f})"
+        own = times[program]
+        row = f"  {PROGRAMS[program]:<20} {np.median(own):8.1f} ms (fastest {min(own):8.1f})  {ratio}"
+        if not program.startswith("products"):
             row += f"  first loss {rows[0][1]:.5f}  peak {rows[-1][2]:.0f} MiB"
         lines.append(row)
     print("\n".join(lines), flush=True)
@@ -175,26 +325,38 @@ def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> str:
 def main() -> int:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--sizes", default="tiny,124M", help="which models, of tiny and 124M")
-    add("--steps", type=natural, default=0, help="steps to time, 0: 40 of tiny, 12 of 124M")
-    add("-b", "--batch-size", type=positive_int, default=4, help="rows B")
-    add("-t", "--seq-len", type=positive_int, default=64, help="tokens T of a row")
+    add("--sizes", default=",".join(SIZES), help="which models")
+    add("--steps", type=natural, default=0, help="steps to time, 0: as many as each size says")
+    add("-b", "--batch-size", type=natural, default=0, help="rows B, 0: as each size says")
+    add("-t", "--seq-len", type=natural, default=0, help="tokens T of a row, 0: as each size says")
+    add("--ops", type=flag01, default=False, help="1: where the time of a dense step goes, instead")
     add("--worker", choices=tuple(PROGRAMS), help="used by the program itself")
     args = parser.parse()
-    B, T = args.batch_size, args.seq_len
-    unknown = set(args.sizes.split(",")) - set(SIZES)
+    sizes = args.sizes.split(",")
+    unknown = set(sizes) - set(SIZES)
     if unknown:
-        raise UserError(f"--sizes {', '.join(sorted(unknown))}: expected tiny, 124M or tiny,124M", None, 2)
+        raise UserError(f"--sizes {', '.join(sorted(unknown))}: expected some of {','.join(SIZES)}", None, 2)
+    batches = {size: (args.batch_size or SIZES[size].B, args.seq_len or SIZES[size].T) for size in sizes}
     if args.worker:
-        work(args.worker, args.sizes, B, T)
+        work(args.worker, sizes[0], *batches[sizes[0]])
         return 0
-    programs = [program for program in PROGRAMS if program != "torch" or find_spec("torch")]
-    if "torch" not in programs:
+    if args.ops:
+        with open(os.devnull, "w") as nowhere:
+            answers, sys.stdout = sys.stdout, nowhere
+            tables = [op_times(size, *batches[size], args.steps or SIZES[size].steps) for size in sizes]
+            sys.stdout = answers
+        print("\n\n".join(tables))
+        return 0
+    has_torch = find_spec("torch")
+    if not has_torch:
         print("PyTorch is not installed: our figures alone (pip install torch)")
-    tables = [compare(size, programs, args.steps or STEPS[size], B, T) for size in args.sizes.split(",")]
-    if args.sizes == ",".join(SIZES):
+    tables = []
+    for size in sizes:
+        programs = [each for each in SIZES[size].programs if has_torch or each not in (*PEERS, "compiled")]
+        tables.append(compare(size, programs, args.steps or SIZES[size].steps, *batches[size]))
+    if args.sizes == ",".join(SIZES) and not (args.steps or args.batch_size or args.seq_len):
         block = "\n".join(tables)
-        turns.write_section(f"training steps, B={B} T={T}: make bench", f"{turns.machine()}.\n\n```\n{block}\n```")
+        turns.write_section("training steps: make bench", f"{turns.machine()}.\n\n```\n{block}\n```")
     return 0
 
 

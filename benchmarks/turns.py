@@ -25,9 +25,14 @@ SETTLE = 0.02  # seconds between turns: the threads of a BLAS spin a while befor
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # of what OpenBLAS finds out about the processor
 
 
-def start(script: str, *arguments) -> subprocess.Popen:
-    """A worker: `script` with these arguments, that answers every line it is sent with a line of numbers."""
+def start(script: str, *arguments, threads: int | None = None) -> subprocess.Popen:
+    """A worker: `script` with these arguments, that answers every line it is sent with a line of numbers.
+
+    threads: of its BLAS, if not as many as there are cores.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
+    if threads:
+        environment["OPENBLAS_NUM_THREADS"] = str(threads)
     command = [sys.executable, script, *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
