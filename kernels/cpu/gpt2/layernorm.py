@@ -6,7 +6,7 @@ y = (x - mean) * rstd * w + b,   rstd = 1 / sqrt(var + 1e-5),   var over C, bias
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, rows_per_block, scratch
-from kernels.cpu.gpt2.column_sum import column_sum, ones
+from kernels.cpu.gpt2.column_sum import ones
 
 EPS = 1e-5
 
@@ -47,20 +47,20 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     partial = scratch("layernorm_partial", (2, -(-N // block), C), inp.dtype)  # each block's sums for dweight, dbias
 
     def rows(start, stop):
-        dy, scale = dout[start:stop], rstd[start:stop, None]
-        xhat, g = scratch("layernorm_rows", (2, stop - start, C), inp.dtype)
-        np.subtract(inp[start:stop], mean[start:stop, None], out=xhat)
+        x, dy, scale, one = inp[start:stop], dout[start:stop], rstd[start:stop, None], ones(stop - start, inp.dtype)
+        xhat, g = scratch("layernorm_rows", (2, *x.shape), inp.dtype)
+        np.subtract(x, mean[start:stop, None], out=xhat)
         xhat *= scale
         np.multiply(dy, xhat, out=g)
-        np.dot(ones(stop - start, inp.dtype), g, out=partial[0, start // block])
-        np.dot(ones(stop - start, inp.dtype), dy, out=partial[1, start // block])
-        xhat *= np.matmul(g, weight_mean)[:, None]  # mean_C(w dy xhat) = (dy xhat) . w / C
-        xhat += np.matmul(dy, weight_mean)[:, None]
+        np.dot(one, g, out=partial[0, start // block])
+        np.dot(one, dy, out=partial[1, start // block])
+        xhat *= np.dot(g, weight_mean)[:, None]  # mean_C(w dy xhat) = (dy xhat) . w / C
+        xhat += np.dot(dy, weight_mean)[:, None]
         np.multiply(dy, weight, out=g)
         g -= xhat
         g *= scale
         dinp[start:stop] += g
 
     for_blocks(rows, N, block, C)
-    column_sum(dweight, partial[0])
-    column_sum(dbias, partial[1])
+    dweight += np.add.reduce(partial[0])
+    dbias += np.add.reduce(partial[1])
