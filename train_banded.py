@@ -319,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
 
     tell_allocated(file.params.nbytes, "model parameters")
     masked = state or args.mask_init
-    rows = share_rows(device, B, T, file.params.size) if masked else [B]
+    rows = share_rows(device, B, T, config.C, file.params.size) if masked else [B]
     models = [GPT2(device, config, file.params, b, T, band, args.kernel) for b in rows]
     model, batch = models[0], Shares(models)
     if state:

@@ -627,7 +627,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{extra.size} parameters of indexer and controller, {file.params.size + extra.size} in all")
     params = np.concatenate([file.params, extra])
     whole = is_moe(config) or sparsity.adaptive == "upstream"  # the experts' balance, or k, is the whole batch's
-    rows = [B] if whole else share_rows(device, B, T, params.size)
+    rows = [B] if whole else share_rows(device, B, T, config.C, params.size)
     batch = Shares([GPT2(device, config, sparsity, params, b, T, args.balance) for b in rows])
     model = batch.models[0]
     learns = args.train_indexer and sparsity.indexer_has_loss

@@ -476,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
     learns = None if args.train == "all" else torus.layers
     replaced = Torus() if args.control else torus
     params = np.concatenate([file.params, extra_init(file, replaced, args.seed or 42)])
-    rows = share_rows(device, B, T, params.size)
+    rows = share_rows(device, B, T, config.C, params.size)
     batch = Shares([GPT2(device, config, replaced, params, b, T, learns, args.recompute) for b in rows])
     model = batch.models[0]
     table.heading()

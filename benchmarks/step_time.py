@@ -93,7 +93,7 @@ def our_models(program: str, config: GPT2Config, B: int, T: int, device) -> Shar
     import train_toroidal
 
     params = gpt2_init(config, 1)
-    rows = share_rows(device, B, T, params.size)
+    rows = share_rows(device, B, T, config.C, params.size)
     if program == "window":
         sparsity = Sparsity((WINDOW,) * config.L, selector="recency")
         return Shares([train_sparse_attn.GPT2(device, config, sparsity, params, b, T) for b in rows])

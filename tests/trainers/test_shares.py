@@ -15,7 +15,8 @@ import train_sparse_attn
 import train_toroidal
 from kernels import cpu
 from kernels.cpu import blocks
-from llmc.shares import MOST_GRADIENTS, TOKENS, Shares, share_rows
+from llmc import shares as of_batches
+from llmc.shares import PARAMETERS, VALUES, Shares, share_rows
 from systems.selection import measure
 from systems.sparsity import Sparsity
 from systems.torus import Torus
@@ -86,14 +87,15 @@ def test_what_a_selection_has_of_dense_attention_is_measured_over_all_shares():
 
 
 def test_rows_are_shared_out_where_it_pays(monkeypatch):
-    """As evenly as can be, never an empty share; one where gradients are many for the tokens, or there is one core."""
-    assert share_rows(cpu, 5, 64, 1000) == [1, 2, 2] and share_rows(cpu, 2, 64, 1000) == [1, 1]
-    assert share_rows(cpu, 1, 1024, 1000) == [1]
-    many = MOST_GRADIENTS // 3 + 1
-    assert share_rows(cpu, 3, 64, many - 1) == [1, 1, 1] and share_rows(cpu, 3, 64, many) == [3]
-    assert share_rows(cpu, 3, TOKENS, many) == [1, 1, 1]
+    """As evenly as can be, never an empty share; one where shares are small, gradients many, or there is one core."""
+    C = VALUES // 64  # a row of 64 tokens is just enough
+    assert share_rows(cpu, 5, 64, C, 1000) == [1, 2, 2] and share_rows(cpu, 2, 64, C, 1000) == [1, 1]
+    assert share_rows(cpu, 1, 64, C, 1000) == [1]
+    assert share_rows(cpu, 3, 63, C, 1000) == [3]
+    assert share_rows(cpu, 3, 64, C, 64 * PARAMETERS) == [1, 1, 1]
+    assert share_rows(cpu, 3, 64, C, 64 * PARAMETERS + 1) == [3]
     monkeypatch.setattr(blocks, "_blas", None)
-    assert share_rows(cpu, 5, 64, 1000) == [5], "products of a BLAS that is not OpenBLAS would take all cores each"
+    assert share_rows(cpu, 5, 64, C, 1000) == [5], "products of a BLAS that is not OpenBLAS would take all cores each"
 
 
 def test_an_error_in_a_share_is_raised_and_the_next_step_is_right():
@@ -109,6 +111,7 @@ def test_an_error_in_a_share_is_raised_and_the_next_step_is_right():
 def test_a_run_in_shares_prints_the_losses_of_one_thread(folder, trainer, capfdbinary, monkeypatch):
     """Within float32's rounding; memory is told once, as the sum of the shares'."""
     argv = [*tiny.options(steps=4, batch_size=3, grad_accum=1), "-e", "model.bin", "-c", "c.bin"]
+    monkeypatch.setattr(of_batches, "VALUES", 0)
     runs = []
     for threads in ("1", "3"):
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", threads)
