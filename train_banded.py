@@ -22,6 +22,8 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.gpt2.adamw import RATES, adamw_rates
+from kernels.graph import Replay
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
@@ -83,6 +85,7 @@ class GPT2:
         self.place = None if place is None else device.to_device(place)  # where along FC1's band a hidden unit lies
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.acts = self.layers = self.grads_flat = self.m_flat = self.v_flat = self.decoder = None
 
     def layer_shapes(self, B: int, T: int, start: int = 0) -> dict[str, tuple[int, ...]]:
@@ -129,8 +132,10 @@ class GPT2:
         with FC1 if its band lies in another order than the hidden units, which leaves no diagonal to multiply.
         """
         self.mask(self.params)
-        if self.kernel == "band":
-            self.skip_fc1, self.skip_fc2 = 0 if self.band.permute else self.band.fc1, self.band.fc2
+        skips = (0 if self.band.permute else self.band.fc1, self.band.fc2) if self.kernel == "band" else (0, 0)
+        if skips != (self.skip_fc1, self.skip_fc2):
+            self.skip_fc1, self.skip_fc2 = skips
+            self.replay = Replay(self.ops)  # anew: a graph holds the products that it was made of
 
     def mask(self, tensors: SimpleNamespace):
         """Zero what lies outside the bands, of weights or their gradients, where products have not skipped it."""
@@ -144,12 +149,18 @@ class GPT2:
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
-        ops, p, B, T, L = self.ops, self.params, self.B, self.T, self.config.L
-        N = B * T
         if self.acts is None:
             self.allocate_activations()
-        acts = self.acts
-        ops.copy_in(self.inputs, inputs)
+        self.ops.copy_in(self.inputs, inputs)
+        if targets is not None:
+            self.ops.copy_in(self.targets, targets.ravel())
+        self.replay(self.launch_forward, targets is not None, grad_accum)
+        if targets is not None:
+            self.losses = self.ops.to_host_later(self.acts.losses)
+
+    def launch_forward(self, has_targets: bool, grad_accum: int) -> None:
+        """What forward does on the device."""
+        ops, p, acts, L, N = self.ops, self.params, self.acts, self.config.L, self.B * self.T
         ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
         residual = acts.encoded  # (N,C)
         for l in range(L):
@@ -157,10 +168,8 @@ class GPT2:
             residual = self.layers[l].residual3
         ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
         ops.matmul_forward(acts.logits, acts.lnf, p.wte)  # (N,Vp)
-        if targets is not None:
-            ops.copy_in(self.targets, targets.ravel())
+        if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses = ops.to_host_later(acts.losses)
 
     def layer(self, l: int, a: SimpleNamespace, residual, start: int) -> None:
         """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it."""
@@ -199,9 +208,13 @@ class GPT2:
 
     def backward(self, first: bool = True) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add."""
-        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         if self.grads_flat is None:
             self.allocate_gradients()
+        self.replay(self.launch_backward, first)
+
+    def launch_backward(self, first: bool) -> None:
+        """What backward does on the device."""
+        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         g, d, beta = self.grads, self.dacts, 0 if first else 1
         if first:
             for grads in self.added_to:
@@ -232,21 +245,28 @@ class GPT2:
         """AdamW update number t = 1, 2, ...; returns the gradient norm if grad_clip > 0, else None."""
         if self.m_flat is None:
             self.allocate_moments()
-        norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
-        scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        decays = weight_decay, weight_decay if decay_all else 0.0  # of the matrices, of all other tensors
+        rates = [adamw_rates(t, lr, beta1, beta2, eps, decay, grad_clip) for decay in decays]
+        self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
+        self.replay(self.launch_update, grad_clip > 0)
+        return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
+
+    def launch_update(self, clips: bool) -> None:
+        """What update does on the device."""
+        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
+        if clips:
+            ops.global_norm(self.norm, self.grads_flat)
         params, grads, m, v = vars(self.params), vars(self.grads), vars(self.m), vars(self.v)
         bands = {"fcw": self.skip_fc1, "fcprojw": self.skip_fc2}
         updates = []  # all at once
         for name in self.shapes:
-            tensors = (params[name], grads[name], m[name], v[name])
-            decay = weight_decay if decay_all or name in MATRICES else 0.0
+            tensors, row = (params[name], grads[name], m[name], v[name]), 0 if name in MATRICES else 1
             if bands.get(name):
-                self.ops.band_adamw_update(*tensors, bands[name], t, lr, beta1, beta2, eps, decay, scale)
+                ops.band_adamw_update(*tensors, bands[name], self.rates[row], self.norm)
             else:
-                updates.append((*tensors, t, lr, beta1, beta2, eps, decay, scale))
-        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
+                updates.append((*tensors, row))
+        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
         self.mask_weights()
-        return norm
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
@@ -254,6 +274,7 @@ class GPT2:
             tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
         self.m_flat, self.m = flat_buffer(self.ops, self.shapes, m)
         self.v_flat, self.v = flat_buffer(self.ops, self.shapes, v)
+        self.rates, self.norm = self.ops.zeros((2, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
@@ -304,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py")
     band = choose_band(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32)
+    device = kernels.open_device(args.device, args.tf32, args.graph)
     run = loop.open_run(args, config, state)
     start, steps = run.start, run.steps
 
@@ -335,10 +356,7 @@ def main(argv: list[str] | None = None) -> int:
                     save(args, model, step, run)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(model, run.val_loader, run.val_batches)
-                loop.check_finite("val", val_loss, step, args)
-                print(f"val loss {val_loss:f}", flush=True)
-                log.val(step, val_loss)
+                loop.validate(model, run, step, args, log)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
                 save(args, model, step, run)
@@ -361,11 +379,7 @@ def main(argv: list[str] | None = None) -> int:
             device.synchronize()
             elapsed = time.perf_counter() - started
             seconds += elapsed
-            rate = int(B * T * grad_accum / elapsed)
-            print(f"step {step + 1:4d}/{steps}: train loss {loss:f} ({elapsed * 1000:f} ms, {rate} tok/s)", flush=True)
-            loop.print_mfu(args, device, config, elapsed)
-            if norm is not None:
-                print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
+            loop.print_step(args, device, config, step + 1, steps, loss, elapsed, lr, norm)
             log.train(step, loss)
     log.close()
 

@@ -15,6 +15,7 @@ import numpy as np
 from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
+from llmc.logger import Logger
 from llmc.mfu import card_name, described
 from llmc.options import command, saved_options
 from llmc.resume import save_checkpoint
@@ -70,6 +71,19 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
     return Run(train_loader, val_loader, tokenizer, end_of_text(tokenizer, V), sampler, start, steps, val_batches)
 
 
+def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
+    """The lowest validation loss of the run that goes on, and its validations since: None, 0 for a new run.
+
+    Raises UserError for a state file in which they are no such numbers.
+    """
+    extra = state.extra if state else {}
+    best, worse = extra.get("best_loss"), extra.get("worse", 0)
+    if not isinstance(worse, int) or worse < 0 or not isinstance(best, float | int | None) or not (best or 0) >= 0:
+        found = f"{worse!r} validations since the best loss {best!r}, expected numbers, 0 or more"
+        raise UserError(f"{args.resume}: {found}", f"start anew from its weights: -e {args.resume}")
+    return best, worse
+
+
 def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
     """Mean loss over the first `batches` of the validation data; phase: further arguments of model.forward."""
     loader.reset()
@@ -78,6 +92,15 @@ def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
         model.forward(*loader.next_batch(), **phase)
         total += model.mean_loss()
     return total / batches
+
+
+def validate(model, run: Run, step: int, args: Namespace, log: Logger, **phase) -> float:
+    """The validation loss at `step`, printed and logged. Raises UserError if it is not finite."""
+    loss = evaluate(model, run.val_loader, run.val_batches, **phase)
+    check_finite("val", loss, step, args)
+    print(f"val loss {loss:f}", flush=True)
+    log.val(step, loss)
+    return loss
 
 
 def check_finite(name: str, loss: float, step: int, args: Namespace) -> None:
@@ -127,11 +150,17 @@ def save(
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
 
 
-def print_mfu(args: Namespace, device, config: GPT2Config, seconds: float) -> None:
-    """With --mfu 1, the line behind that of a step which took so many seconds."""
+def print_step(
+    args: Namespace, device, config: GPT2Config, step: int, steps: int, loss: float, seconds: float, lr, norm
+) -> None:
+    """The line of a step that took so many seconds; with --mfu 1 one behind it, and one where a gradient has a norm."""
+    tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
+    rate = int(tokens / seconds)
+    print(f"step {step:4d}/{steps}: train loss {loss:f} ({seconds * 1000:f} ms, {rate} tok/s)", flush=True)
     if args.mfu:
-        tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
         print(described(card_name(device.describe()), device.tf32, config, tokens, T, seconds), flush=True)
+    if norm is not None:
+        print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
 
 
 def print_stopped(args: Namespace, step: int, start: int) -> None:

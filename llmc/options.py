@@ -60,6 +60,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
+    add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")
     add("--mfu", type=flag01, default=False, help="1: a line behind each step, how much of the GPU's promise it used")
     add = parser.add_argument_group("optimization").add_argument
     add("-l", "--lr", type=positive_float, default=3e-4, help="learning rate")

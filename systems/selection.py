@@ -1,18 +1,22 @@
 """What a selection of keys has of dense attention, and of answers: the figures that a validation prints.
 
-A model here is train_sparse_attn.GPT2: measure(inputs, dense), forward(inputs, dense=...), and what it keeps of each
-layer; dense is whether it attends to all keys in this phase.
+A model here is train_sparse_attn.GPT2, its parts and what it keeps of each layer; dense is whether it attends to all
+keys in this phase.
 """
 
+import time
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import dataclass
 
 import numpy as np
 
+from llmc.buffers import query_blocks
 from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
+
+ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
 
 
 def ids(text: str) -> str:
@@ -95,6 +99,35 @@ def hits(index: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
     return float((index == wanted[..., None]).any(-1)[mask].mean()) if mask.any() else float("nan")
 
 
+def measure(model, inputs: np.ndarray, dense: bool = False) -> tuple[list[float], list[Agreement], float]:
+    """For a batch: each layer's KL, what its selection has of dense attention; the indexer's share of the time."""
+    ops, NH, dense = model.ops, model.config.NH, dense or model.always_dense
+    model.load(inputs, None, 0)
+    began = time.perf_counter()
+    model.launch_forward(False, 1, dense)  # not as a graph: what is compared with it below is none
+    ops.synchronize()
+    whole, chosen, divergences, agreements = time.perf_counter() - began, 0.0, [], []
+    for l, a in enumerate(model.layers):
+        began = time.perf_counter()
+        model.indexer.forward(l, a)
+        model.selection.forward(l, a, 0, model.sparsity.leak)
+        ops.synchronize()
+        chosen += time.perf_counter() - began
+        if model.sparsity.indexer != "none":
+            model.divergence(l, dense)
+            divergences.append(float(ops.to_host(a.kl).mean()))
+        if not dense:
+            ops.attention_forward(a.btc, a.dense_lse, a.qkv, NH)
+        top, count, agreement = ops.zeros(a.index.shape, np.int32), ops.zeros(a.count.shape, np.int32), Agreement()
+        for first, p in query_blocks(a.p, model.B, 0, model.T, ROWS):
+            ops.attention_mean(p, a.qkv, a.lse if dense else a.dense_lse, NH, first)
+            ops.select_topk(top, count, p, a.count, first, 0, 0)
+            rows = slice(first, first + p.shape[1])
+            agreement.add(ops.to_host(a.index)[:, rows], ops.to_host(top)[:, rows], ops.to_host(p), first)
+        agreements.append(agreement)
+    return divergences, agreements, chosen / (whole + chosen if dense else whole)
+
+
 def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int, dense: bool):
     """Print what the selection has of dense attention, on the first validation batch, and of answers, on all.
 
@@ -102,7 +135,7 @@ def report(model, loader: DataLoader, batches: int, args: Namespace, log: Logger
     """
     if model.sparsity.attention == "sparse" and not model.sparsity.leak:
         loader.reset()
-        divergences, agreements, part = model.measure(loader.next_batch()[0], dense)
+        divergences, agreements, part = measure(model, loader.next_batch()[0], dense)
         causal = model.T * (model.T + 1) // 2
         for l, agreement in enumerate(agreements):
             kl = f"KL {divergences[l]:.4f}, " if divergences else ""

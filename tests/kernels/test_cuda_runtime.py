@@ -58,6 +58,12 @@ CALLS = {
     "cuda.Event": ([], ["disable_timing"]),
     "cuda.Event.record": ([], []),
     "cuda.Event.synchronize": ([], []),
+    "cuda.Stream": ([], ["non_blocking"]),
+    "cuda.Stream.use": ([], []),
+    "cuda.Stream.begin_capture": ([], []),
+    "cuda.Stream.end_capture": ([], []),
+    "cuda.Graph.launch": ([], []),
+    "cuda.get_current_stream": ([], []),
     "cuda.get_cublas_handle": ([], []),
     "cuda.runtime.getDevice": ([], []),
     "cuda.runtime.getDeviceProperties": (["device"], []),
@@ -123,7 +129,7 @@ def in_cupy(cupy, cublas: dict, name: str) -> bool:
     thing, so_far = cupy, ""
     for part in name.split("."):
         if not hasattr(thing, part):
-            return False
+            return f"~{so_far.rpartition('.')[2]}.{part} (" in (thing.__doc__ or "")  # what __init__ sets
         so_far = f"{so_far}.{part}".lstrip(".")
         thing = in_type(cupy, TYPES[so_far]) if so_far in TYPES else getattr(thing, part)
     return True
@@ -230,6 +236,9 @@ HOLD = {
     "_buffers": "cupy.ndarray",  # at each key
     "copied": "cupy.cuda.Event",
     "_copied": "cupy.cuda.Event",
+    "current": "cupy.cuda.Stream",
+    "_stream": "cupy.cuda.Stream",
+    "graph": "cupy.cuda.Graph",
     "function": "cupy.RawKernel",
     "module": "cupy.RawModule",
 }
@@ -282,6 +291,8 @@ def names_offered(fake) -> set[str]:
         "RawModule": fake.module.RawModule(code="", options=()),
         "RawKernel": fake_cupy.RawKernel(None),
         "cuda.Event": fake.module.cuda.Event(disable_timing=True),
+        "cuda.Stream": fake.module.cuda.Stream(non_blocking=True),
+        "cuda.Graph": fake_cupy.Graph(fake, []),
     }
     found = set()
 
@@ -289,7 +300,7 @@ def names_offered(fake) -> set[str]:
         for name in (name for name in dir(thing) if name[0] != "_"):
             found.add(prefix + name)
             inner = objects.get(prefix + name, getattr(thing, name))
-            ours = fake_cupy.Memory | fake_cupy.Event | fake_cupy.RawKernel
+            ours = fake_cupy.Memory | fake_cupy.Event | fake_cupy.RawKernel | fake_cupy.Stream | fake_cupy.Graph
             if isinstance(inner, SimpleNamespace | fake.module.ndarray | ours):
                 look(f"{prefix}{name}.", inner)
 
@@ -319,6 +330,7 @@ def test_runtime_uses_no_more_of_cupy_than_it_says():
     called = {f"cupy.{name}" for name in CALLS} | {f"cupy.cuda.cublas.{name}" for name in CUBLAS}
     read = {"dtype", "shape", "ndim", "nbytes", "data", "data.ptr", "device.id", "flags.c_contiguous"}
     others = {"cupy.cuda.compiler.CompileException", "cupy.RawKernel.max_dynamic_shared_size_bytes"}
+    others |= {"cupy.cuda.Stream.ptr"}
     assert used - called == others | {f"cupy.ndarray.{name}" for name in read}
 
 
