@@ -31,7 +31,7 @@ from llmc.state import TrainState
 from llmc.tokenizer import BYTE_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SAVED = ("model", "checkpoint", "resume", "overwrite")  # the command line of a resumed run says these
+NOT_SAVED = ("model", "checkpoint", "resume", "overwrite", "graph")  # the command line of a resumed run says these
 PATTERNS = ("train_data", "val_data")
 FILES = (*PATTERNS, "log", "tokenizer")
 CLONE = "{clone}"  # stands for the folder of this program in the names that a checkpoint keeps

@@ -106,6 +106,7 @@ class EmulatedRuntime:
         return array
 
     def to_device(self, array: np.ndarray) -> DeviceArray:
+        refuse_capture("copying to the GPU")
         copy = _view(self._memory.allocate(array.nbytes), array.shape, array.dtype)
         copy.values[...] = array
         return copy

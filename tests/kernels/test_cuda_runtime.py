@@ -23,7 +23,7 @@ from cuda_emulator.runtime import EmulatedRuntime
 
 import kernels
 import train_banded
-from kernels import cpu, driver
+from kernels import cpu, cuda, driver
 from kernels.cuda.runtime import runtime as runtime_module
 from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import CudaError, Runtime
@@ -417,6 +417,7 @@ def fake(monkeypatch, tmp_path, driver_says):
         (tmp_path / name).write_text(text)
     planted = source.kernels(tmp_path)
     monkeypatch.setattr(runtime_module.source, "kernels", lambda *_: planted)
+    monkeypatch.setattr(runtime_module, "loaded_cublas", lambda: None)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     runtime_module.open_cache.cache_clear()
     driver_says()
@@ -745,6 +746,127 @@ def test_a_failed_product_says_which(gpu, monkeypatch):
         gpu.gemm(gpu.zeros((2, 2)), a, a)
 
 
+# graphs
+
+
+@pytest.fixture
+def library(fake, monkeypatch):
+    """The functions of cuBLAS that are called by ctypes, on the fake; calls: what else than products was asked for."""
+    calls, status = [], []
+
+    def sgemm(*arguments):
+        fake.sgemm(*arguments)
+        return status[0] if status else 0
+
+    functions = SimpleNamespace(
+        cublasSetStream_v2=lambda *arguments: calls.append(("stream", *arguments)) or 0,
+        cublasSetWorkspace_v2=lambda *arguments: calls.append(("workspace", *arguments)) or 0,
+        cublasSgemm_v2=sgemm,
+    )
+    monkeypatch.setattr(runtime_module, "loaded_cublas", lambda: functions)
+    return SimpleNamespace(functions=functions, calls=calls, status=status)
+
+
+def test_a_graph_does_later_what_was_captured(fake, library):
+    """A launch, a product, a fill and a kernel on scratch, on what the arrays hold when the graph is launched."""
+    gpu = Runtime()
+    array, out, product = gpu.zeros((2, 2)), gpu.zeros((2, 2)), gpu.zeros((2, 2))
+
+    def work():
+        gpu.launch("scale_kernel", 1, 4, (gpu.scratch("twice", (2, 2)), array, 2, 0, 4))
+        gpu.gemm(product, gpu.scratch("twice", (2, 2)), array)
+        gpu.launch("scale_kernel", 1, 4, (out, product, 1, 0, 4))
+
+    work()
+    gpu.copy_in(array, np.full((2, 2), 1, F))
+    launches, allocations = len(fake.launches), len(fake.allocations)
+    replay = gpu.capture(work)
+    assert gpu.to_host(out).tolist() == [[0, 0], [0, 0]] and len(fake.allocations) == allocations
+    assert len(fake.launches) == launches + 3  # told, not done
+    gpu.scratch("twice", (20, 20))  # the graph's own buffer stays
+    for value in (3, 5):
+        gpu.copy_in(array, np.full((2, 2), value, F))
+        replay()
+        assert gpu.to_host(out).tolist() == [[4 * value**2] * 2] * 2
+    assert [launch for launch in fake.launches if launch[0] == "graph"] == [("graph", 3)] * 2
+    assert replay.args[1]["twice"].nbytes == 16
+
+
+def test_all_runs_on_one_stream_that_can_be_captured(fake, library):
+    """cuBLAS as well, with a workspace of its own, set behind the stream; a caller's stream is kept."""
+    first = Runtime()
+    assert fake.stream.ptr == 1000 and first._stream is fake.stream
+    (stream, workspace) = library.calls
+    assert stream == ("stream", 77, 1000)
+    assert workspace[:2] == ("workspace", 77) and workspace[3] == 32 << 20
+    assert workspace[2] == runtime_module._workspaces[-1].data.ptr
+    assert Runtime()._stream is first._stream
+    types = library.functions.cublasSgemm_v2.argtypes
+    assert len(types) == 14 and {*types} == {ctypes.c_int, ctypes.c_void_p}
+
+
+@pytest.mark.parametrize(
+    "what, doing",
+    [
+        (lambda gpu, array: gpu.copy_in(array, np.ones(4, F)), "copying to the GPU"),
+        (lambda gpu, array: gpu.to_host(array), "copying to the host"),
+        (lambda gpu, array: gpu.to_host_later(array), "copying to the host"),
+        (lambda gpu, array: gpu.to_device(np.ones(4, F)), "copying to the GPU"),
+        (lambda gpu, array: gpu.synchronize(), "waiting for the GPU"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_an_error_and_the_gpu_goes_on(what, doing, fake, library):
+    """The same on the emulator."""
+    for gpu in (Runtime(), EmulatedRuntime()):
+        array = gpu.zeros(4)
+        with pytest.raises(CudaError, match=doing):
+            gpu.capture(lambda gpu=gpu, array=array: what(gpu, array))
+        gpu.copy_in(array, np.full(4, 2, F))
+        assert gpu.to_host(array).tolist() == [2, 2, 2, 2]
+        gpu.capture(lambda array=array: array)()
+
+
+def test_a_capture_that_cuda_refuses_is_an_error(fake, library):
+    gpu = Runtime()
+    fake.capture_error = RuntimeError("cudaErrorStreamCaptureInvalidated")
+    with pytest.raises(CudaError, match="capturing a CUDA graph: cudaErrorStreamCaptureInvalidated"):
+        gpu.capture(lambda: None)
+    with pytest.raises(ZeroDivisionError):  # what ended the work is told, not what it led to
+        gpu.capture(lambda: 1 / 0)
+    gpu.gemm(gpu.zeros((2, 2)), gpu.zeros((2, 2)), gpu.zeros((2, 2)))
+    assert fake.captured is None
+    library.status.append(14)
+    with pytest.raises(CudaError, match=r"gemm of float32\(2, 2\).*cublasSgemm_v2: status 14"):
+        gpu.gemm(gpu.zeros((2, 2)), gpu.zeros((2, 2)), gpu.zeros((2, 2)))
+
+
+def test_without_cublas_by_ctypes_there_are_products_but_no_graphs(fake, gpu):
+    """CuPy's own sgemm, which refuses to be captured."""
+    with pytest.raises(CudaError, match=r"capturing a CUDA graph: the library of cuBLAS .* was not found"):
+        gpu.capture(lambda: None)
+    assert fake.captured is None and fake.launches[-1][0] == "sgemm"  # the probe's
+
+
+def test_cublas_is_found_among_what_is_loaded(monkeypatch, tmp_path):
+    skip_off_linux()
+    (tmp_path / "cublas.c").write_text("int cublasSgemm_v2(void) { return 7; }")
+    library = tmp_path / "libcublas.so.12"
+    subprocess.run([build.COMPILER, "-xc", "-shared", "-fPIC", "-o", library, tmp_path / "cublas.c"], check=True)
+    code = "import ctypes; from kernels.cuda.runtime import runtime; print(runtime.loaded_cublas(), end=' ')\n"
+    code += f"ctypes.CDLL({str(library)!r}); print(runtime.loaded_cublas().cublasSgemm_v2())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None 7\n", done.stderr
+
+
+def test_constants_are_made_once(gpu, fake):
+    values = np.arange(4, dtype=np.int32)
+    first = gpu.constant(values)
+    values[0] = 9
+    second = gpu.constant(values)
+    assert gpu.constant(np.arange(4, dtype=np.int32)) is first and gpu.to_host(first).tolist() == [0, 1, 2, 3]
+    assert second is not first and gpu.to_host(second).tolist() == [9, 1, 2, 3]
+
+
 def test_tf32_is_a_mode_of_cublas(fake, monkeypatch):
     assert not Runtime().tf32 and fake.math_mode == (77, 0)
     assert Runtime(tf32=True).tf32 and fake.math_mode == (77, 3)
@@ -919,6 +1041,38 @@ def test_copies_on_a_gpu(real):
         laters.append(real.to_host_later(array))
     assert [np.unique(later()).tolist() for later in laters] == [[i] for i in range(10)]
     assert real.to_host(array).mean() == 9
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu(real):
+    """A product, a copy of it, memory that is filled: the bits of the same launches one by one; copies are refused."""
+    random = np.random.default_rng(3)
+    a, b = (real.to_device(random.standard_normal((768, 768)).astype(F)) for _ in range(2))
+    out, total = real.zeros((768, 768)), real.zeros((768, 768))
+    device = cuda.device(real)
+
+    def work():
+        real.gemm(out, a, b, transb=True)
+        total.fill(0)
+        device.residual_forward(total, total, out)
+
+    def values():
+        real.copy_in(a, random.standard_normal((768, 768)).astype(F))
+
+    values()
+    work()
+    replay = real.capture(work)
+    with pytest.raises(CudaError):
+        real.capture(lambda: real.copy_in(a, np.ones((768, 768), F)))
+    with pytest.raises(CudaError):
+        real.capture(lambda: real.to_host(a))
+    for _ in range(3):
+        values()
+        work()
+        expected = real.to_host(total)
+        total.fill(1)
+        replay()
+        assert real.to_host(total).tobytes() == expected.tobytes()
 
 
 @pytest.mark.gpu

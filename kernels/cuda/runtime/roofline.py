@@ -220,6 +220,7 @@ ROWS_OF_TABLE = [
     Row("adamw_kernel", "1", "7*P", "", "14*P"),
     Row("band_adamw_kernel", "0", "7*L*K", "", "14*L*K"),
     Row("sum_of_squares_kernel", "0", "P", "", "2*P"),
+    Row("norm_kernel", "0", "513", "", "512"),
     Row("band_mask_kernel", "0", "L*(4*C*C - K)", "", "0"),
     Row("band_matmul_forward_kernel", "0", "5*N*C + K", "N*A1/64 + A1*N/128 + N*4*C", "2*N*A1"),
     Row("band_matmul_dinp_kernel", "0", "5*N*C + K", "N*A2/64 + A2*N/128 + N*C", "2*N*A2"),
