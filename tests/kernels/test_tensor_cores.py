@@ -10,6 +10,7 @@ from check_op import nan, place, relative, rounded
 from cuda_emulator.runtime import EmulatedRuntime
 
 from kernels import cpu, cuda
+from kernels.cuda.gpt2.attention import attention_trial
 from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import CudaError
 from kernels.cuda.runtime.tensor_cores import MOST, product_trial, takes_tensor_cores, worth_it
@@ -128,19 +129,21 @@ def kind(request):
 
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["3xtf32", "tf32"])
-def test_products_pass_their_trial(kind, tf32):
-    """Errors are those of the kind of product: TF32 is rounded, 3xTF32 is not."""
+@pytest.mark.parametrize(
+    "trial, sizes", [(product_trial, ()), *((attention_trial, (hs,)) for hs in (64, 63, 128, 127))]
+)
+def test_the_trials_are_passed(kind, trial, sizes, tf32):
+    """With the errors of products whose operands were rounded, or were not: every kernel for tensor cores there is."""
     if kind == "gpu":
         runtime = open_gpu(tf32)
         if not worth_it(runtime):
             pytest.skip(f"{runtime.name} has no tensor cores that are worth it")
     else:
         runtime = emulated(tf32, mode=kind)
-    ((_, found, expected),) = product_trial(runtime)
-    error = relative(found, expected)
-    print(f"{error:.1e}")
-    assert (MOST[False] < error <= 1.5e-3) if tf32 else error <= 5e-6
-    assert takes_tensor_cores(runtime)
+    errors = [relative(found, expected) for _, found, expected in trial(runtime, *sizes)]
+    print(errors)
+    assert (MOST[False] < max(errors) <= 1.5e-3) if tf32 else max(errors) <= 5e-6
+    assert takes_tensor_cores(runtime, trial, *sizes)
 
 
 @pytest.mark.parametrize(

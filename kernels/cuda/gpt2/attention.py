@@ -3,12 +3,15 @@
 import numpy as np
 
 from kernels.cpu.gpt2 import attention as numpy_attention
+from kernels.cuda.gpt2.attention_join import attention_join, part_buffers, split_keys
 from kernels.cuda.gpt2.attention_tensor import tensor_backward, tensor_forward
 from kernels.cuda.runtime.grid import THREADS, TILE_THREADS, ceil_div, padded_head, warp_a_row
 from kernels.cuda.runtime.tensor_cores import Results, takes_tensor_cores
 
 ROWS = {64: 64, 128: 32}  # padded head size: queries or keys of a tile
-DECODE = 8  # the most queries that get a block each: a tile costs as much as 64
+DECODE = 8  # the most queries that get a block each, or several: a tile costs as much as 64
+ALONE = 512  # the most keys that a block meets alone, in some 8 us on an H100; the join takes a launch
+PASSING = {64: 64, 128: 32}  # padded head size: keys that a decoding block meets at a time
 
 
 def attention_forward(cuda, out, lse, qkv, NH, start=0):
@@ -18,7 +21,7 @@ def attention_forward(cuda, out, lse, qkv, NH, start=0):
     size, queries = padded_head("attention_forward", hs, ROWS), T - start
     args = (out, lse, qkv, T, NH, hs, start)
     if queries <= DECODE:
-        cuda.launch(f"attention_decode_{size}_kernel", (B * NH, queries), THREADS, args)
+        _decode(cuda, out, lse, qkv, NH, start, size)
     elif _on_tensor_cores(cuda, hs, size):
         tensor_forward(cuda, out, lse, qkv, NH, start, size)
     else:
@@ -41,12 +44,24 @@ def attention_backward(cuda, dqkv, dout, qkv, out, lse, NH):
     cuda.launch(f"attention_dq_{size}_kernel", grid, TILE_THREADS, args)
 
 
+def _decode(cuda, out, lse, qkv, NH, start, size):
+    """attention_forward of few queries."""
+    B, T, C3 = qkv.shape
+    hs, rows = C3 // 3 // NH, B * (T - start) * NH
+    parts, share = split_keys(T, rows, PASSING[size]) if T > ALONE else (1, T)
+    part_sums, part_softmax = part_buffers(cuda, parts, rows, hs) if parts > 1 else (out, lse)  # else not written
+    args = (out, lse, part_sums, part_softmax, qkv, T, NH, hs, start, share)
+    cuda.launch(f"attention_decode_{size}_kernel", (B * NH, T - start, parts), THREADS, args)
+    if parts > 1:
+        attention_join(cuda, out, lse, part_sums, part_softmax)
+
+
 def _on_tensor_cores(cuda, hs: int, size: int) -> bool:
     """Whether heads of hs, padded to `size`, go to tensor cores; those of four channels each move in packs."""
-    return takes_tensor_cores(cuda, _trial, size if hs % 4 == 0 else size - 1)
+    return takes_tensor_cores(cuda, attention_trial, size if hs % 4 == 0 else size - 1)
 
 
-def _trial(cuda, hs: int) -> Results:
+def attention_trial(cuda, hs: int) -> Results:
     """Forward and backward of two heads: several blocks, and tiles enough that a stage is used again."""
     T, NH, rng = 150, 2, np.random.default_rng(0)
     C, size = NH * hs, padded_head("attention", hs, ROWS)
