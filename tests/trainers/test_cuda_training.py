@@ -1,5 +1,7 @@
 """train_banded.py and generate.py on the emulated GPU: llm.c's losses, the CPU's logits, the same bits every time."""
 
+import dataclasses
+
 import golden_run
 import numpy as np
 import pytest
@@ -83,6 +85,19 @@ def test_generate_gives_the_logits_of_the_cpu(on_emulator):
     for start, stop in ((0, 9), (9, 10), (10, 12)):
         reference, ours = (model.extend(tokens[start:stop], start) for model in models)
         assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+def test_a_decoded_token_takes_few_launches(on_emulator):
+    """Nine a layer and three, with biases added in the products of one row; one more a layer behind 512 keys."""
+    config = dataclasses.replace(tiny.CONFIG, maxT=520)
+    runtime = on_emulator(mode="fast")
+    model = train_banded.GPT2(cuda.device(runtime), config, gpt2_init(config, 3), 1, 1)
+    launched, launch = [], runtime.launch
+    runtime.launch = lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest))
+    for start, count in ((511, 9), (512, 10)):
+        launched.clear()
+        model.extend(np.zeros(1, np.int32), start)
+        assert len(launched) == count * config.L + 3 and launched.count("matmul_row_kernel") == 4 * config.L + 1
 
 
 def test_generate_runs_on_the_device(on_emulator, folder, capsys):

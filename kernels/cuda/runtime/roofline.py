@@ -109,6 +109,7 @@ ROWS_OF_TABLE = [
     ),
     Row("attention_decode_64_kernel", "0", "2*B*T*C + 2*B*C", "2*B*T*C + B*(C + 2*NH)*T/128 + B*C", "4*B*T*C"),
     Row("attention_join_kernel", "0", "B*(C + 2*NH)*T/128 + B*C + B*NH", "", "2*B*C*T/128"),
+    Row("matmul_row_kernel", "0", "3*C*C + 7*C", "", "6*C*C + 3*C"),
     Row("rope_kernel", "0", "2*N*4*R", "", "3*N*4*R"),
     Row("rmsnorm_forward_kernel", "0", "2*N*r + r + N", "", "4*N*r"),
     Row("rmsnorm_backward_kernel", "0", "3*N*r + r + N", "3*N*r + min(N, 512)*r + r + N", "9*N*r"),
