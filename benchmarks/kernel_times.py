@@ -21,12 +21,12 @@ PAUSE = """extern "C" __global__ void pause_kernel(long long cycles) {
 """
 CYCLES = 60_000_000  # some 35 ms: what a step's launches take the host
 PRODUCTS = "cuBLAS"
-# GB/s and float32 TFLOP/s: the roofline's, and the H200's from its data sheet
+# GB/s, float32 and TF32 TFLOP/s: the roofline's, and the H200's from its data sheet
 RATES = {
     "NVIDIA A100-SXM4-80GB": roofline.GPUS["A100"],
     "NVIDIA H100 80GB HBM3": roofline.GPUS["H100"],
     "NVIDIA GeForce RTX 4090": roofline.GPUS["RTX 4090"],
-    "NVIDIA H200": (4800, 67.0),
+    "NVIDIA H200": (4800, 67.0, 494.7),
 }
 # calls a step of kernels that a dense GPT-2 has none of; all others are called once a layer
 CALLS = {"band_matmul_forward_kernel": "2*L", "band_matmul_dinp_kernel": "2*L", "band_matmul_dweight_kernel": "2*L"}

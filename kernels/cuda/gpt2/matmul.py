@@ -1,11 +1,15 @@
-"""Fully connected layer: cuBLAS for the products, matmul.cu and column_sum.cu for the bias."""
+"""Fully connected layer: cuBLAS for products, matmul.cu and column_sum.cu for the bias; matmul_row.cu for one row."""
 
 from kernels.cuda.gpt2.column_sum import column_sum
+from kernels.cuda.gpt2.matmul_row import matmul_row
 from kernels.cuda.runtime.grid import packs_of_four
 
 
 def matmul_forward(cuda, out, inp, weight, bias=None):
     """As kernels.cpu.gpt2.matmul.matmul_forward."""
+    if len(out) == 1:
+        matmul_row(cuda, out, inp, weight, bias)
+        return
     cuda.gemm(out, inp, weight, transb=True)
     if bias is not None:
         N, OC = out.shape
