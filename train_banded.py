@@ -122,6 +122,8 @@ class GPT2:
         layer = self.layer_shapes(B, T)
         tell_allocated(4 * (L * num_values(layer) + num_values(shapes)), "activations")
         self.layers = [allocate(self.ops, layer) for _ in range(L)]
+        for a in self.layers:
+            a.rows = a.qkv.reshape(N, 3 * C)
         self.acts = allocate(self.ops, shapes)
         self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(N, np.int32)
 
@@ -171,12 +173,16 @@ class GPT2:
         if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
 
-    def layer(self, l: int, a: SimpleNamespace, residual, start: int) -> None:
-        """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it."""
+    def layer(self, l: int, a: SimpleNamespace, residual, start) -> None:
+        """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it.
+
+        a.rows (N,3C): the new rows of a.qkv or, where `start` is an array (1), what is to become them.
+        """
         ops, p, NH = self.ops, self.params, self.config.NH
-        qkv = a.qkv[:, start:]  # the new rows; those before are a decoder's
         ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-        ops.matmul_forward(qkv.reshape(len(a.ln1), -1), a.ln1, p.qkvw[l], p.qkvb[l])
+        ops.matmul_forward(a.rows, a.ln1, p.qkvw[l], p.qkvb[l])
+        if not isinstance(start, int):
+            ops.append_rows(a.qkv, a.rows.reshape(1, *a.rows.shape), start)
         ops.attention_forward(a.atty, a.lse, a.qkv, NH, start)
         ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], p.attprojb[l])
         ops.fused_residual_forward(
@@ -197,12 +203,7 @@ class GPT2:
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(self.ops, self.shapes)
         self.added_to = all_but(WRITTEN, self.grads_flat, self.shapes)
-        shapes = {
-            "residual": (B * T, C),
-            "btc": (B * T, C),
-            "qkv": (B, T, 3 * C),
-            "bt4c": (B * T, 4 * C),
-        }
+        shapes = {"residual": (B * T, C), "btc": (B * T, C), "qkv": (B, T, 3 * C), "bt4c": (B * T, 4 * C)}
         tell_allocated(4 * num_values(shapes), "activation gradients")
         self.dacts = allocate(self.ops, shapes)
 
@@ -281,32 +282,37 @@ class GPT2:
 
         Queries, keys and values of all positions are kept, so a token costs its own row of the forward pass only.
         """
-        ops, p, c, n = self.ops, self.params, self.config, len(tokens)
         if self.decoder is None:
-            shapes = {
-                **self.layer_shapes(1, c.maxT),
-                "encoded": (c.maxT, c.C),
-                "qkv": (c.L, 1, c.maxT, 3 * c.C),  # kept: the keys and values of every layer
-                "lnf": (1, c.C),
-                "lnf_mean": (1,),
-                "lnf_rstd": (1,),
-                "logits": (1, c.Vp),
-            }
-            self.decoder = allocate(ops, shapes)
-            self.decoder.tokens = ops.zeros((1, c.maxT), np.int32)
-        d = self.decoder
-        shapes = self.layer_shapes(1, n)
+            self.allocate_decoder()
+        ops, d, n = self.ops, self.decoder, len(tokens)
         ops.copy_in(d.tokens[:, :n], tokens.reshape(1, n))
-        residual = d.encoded[:n]
+        ops.copy_in(d.start, np.array([start], np.int32))
+        if n == 1:
+            self.replay(self.launch_extend, 1, None)  # the position comes from memory: one graph for all
+        else:
+            self.launch_extend(n, start)
+        return ops.to_host(d.logits)[0, : self.config.V]
+
+    def allocate_decoder(self) -> None:
+        """Buffers for a text of all positions: queries, keys and values by layer, all other activations shared."""
+        C, Vp, L, maxT = self.config.C, self.config.Vp, self.config.L, self.config.maxT
+        once = {"encoded": (maxT, C), "rows": (1, 3 * C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,)}
+        once |= {"qkv": (L, 1, maxT, 3 * C), "logits": (1, Vp), "tokens": (1, maxT), "start": (1,)}
+        self.decoder = allocate(self.ops, self.layer_shapes(1, maxT) | once, ("tokens", "start"))
+
+    def launch_extend(self, n: int, start) -> None:
+        """What extend does on the device; start: None for one token, whose position is in self.decoder.start."""
+        ops, p, d = self.ops, self.params, self.decoder
+        start = d.start if start is None else start
+        residual, shapes = d.encoded[:n], self.layer_shapes(1, n)
         ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
-        for l in range(c.L):
-            a = first_of(d, shapes)
-            a.qkv = d.qkv[l, :, : start + n]
+        for l in range(self.config.L):
+            a, kept = first_of(d, shapes), d.qkv[l]  # (1,maxT,3C)
+            a.qkv, a.rows = (kept, d.rows) if n == 1 else (kept[:, : start + n], kept[0, start : start + n])
             self.layer(l, a, residual, start)
             residual = a.residual3
         ops.layernorm_forward(d.lnf, d.lnf_mean, d.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
         ops.matmul_forward(d.logits, d.lnf, p.wte)
-        return ops.to_host(d.logits)[0, : c.V]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

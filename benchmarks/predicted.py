@@ -50,6 +50,7 @@ PRODUCTS_MS, MMA_TFLOPS = 64.3, 314  # cuBLAS's float32 products of a dense step
 # a decoded token: microseconds of the host for a launch; and, assumed, of the GPU for the smallest kernel and for a
 # block that meets PASSING keys, a load from memory and its sums
 HOST, KERNEL, TILE = 14, 2, 1
+POSITIONS = 1024  # of the model: one graph serves them all, so its blocks are for that many keys
 
 
 def bound(kernel: str, tensor: str, names: dict) -> float:
@@ -106,12 +107,12 @@ def step_table() -> str:
 def decoded_token(keys: int, split: bool, fused: bool) -> tuple[int, float]:
     """(launches, the GPU's microseconds) of a token that meets `keys` keys.
 
-    split: many keys over several blocks. fused: products add their biases.
+    split: keys over several blocks. fused: products add their biases, and the new row is copied into the cache.
     """
-    parts, share = split_keys(keys, NH, PASSING[64]) if split and keys > ALONE else (1, keys)
-    launches = L * ((9 if fused else 13) + (parts > 1)) + 3
+    parts, share = split_keys(POSITIONS, NH, PASSING[64]) if split else (1, keys)
+    launches = L * ((10 if fused else 13) + (parts > 1)) + 3
     weights = 4e-3 * P / GPUS["H100"][0]
-    return launches, weights + KERNEL * launches + L * TILE * ceil_div(share, PASSING[64])
+    return launches, weights + KERNEL * launches + L * TILE * ceil_div(min(share, keys), PASSING[64])
 
 
 def decode_table() -> str:
@@ -155,8 +156,9 @@ def decode_note() -> str:
         f"**A decoded token** of 124M, float32, one text. A launch takes the host {HOST} us, which is the limit, not "
         f"what the GPU does meanwhile: {weights:.0f} us for the weights' way from memory and, assumed, {KERNEL} us a "
         f"kernel and {TILE} us for {PASSING[64]} keys of a head in one block. Biases added in products save four "
-        f"launches a layer; to split more than {ALONE} keys over blocks costs one. The split pays in a graph alone, "
-        "and only a graph makes a token three times as fast."
+        "launches a layer; a copy into the cache, so that all positions are one graph, costs one, and to split keys over "
+        f"blocks, in a model of more than {ALONE} positions, another. Both pay in a graph, and only a graph makes a token "
+        "three times as fast."
     )
 
 

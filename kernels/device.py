@@ -59,6 +59,9 @@ class Device(Protocol):
     # ------------------------------------------------------------------------------------------------------------------
     # gpt2
 
+    def append_rows(self, cache, rows, start):
+        """Rows start.. of a decoder's cache (B,T,C) = rows (B,n,C); start, as below, a number or an array (1) int32."""
+
     def encoder_forward(self, out, inp, wte, wpe, start=0):
         """out (N,C) from token ids inp (B,Tq), wte (Vp,C), wpe (maxT,C)."""
 
@@ -81,7 +84,7 @@ class Device(Protocol):
         """dinp (N,C), dweight (OC,C) = beta * dweight + .., dbias (OC) += from dout (N,OC); None is not wanted."""
 
     def attention_forward(self, out, lse, qkv, NH, start=0):
-        """out (B*Tq,C), lse (B,NH,Tq) from qkv (B,T,3C)."""
+        """out (B*Tq,C), lse (B,NH,Tq) from qkv (B,T,3C); with an array `start`, qkv may have more rows than tokens."""
 
     def attention_backward(self, dqkv, dout, qkv, out, lse, NH):
         """dqkv (B,T,3C) from dout, out (N,C), qkv (B,T,3C), lse (B,NH,T)."""

@@ -30,5 +30,6 @@ def test_decoded_tokens():
     """Weights of 149 us, 2 us a launch; 1000 keys are 16 tiles in one block, 2 tiles in each of 8."""
     weights = 4 * 124_475_904 / 3350e3
     assert predicted.decoded_token(1000, False, False) == (159, pytest.approx(weights + 2 * 159 + 12 * 16))
-    assert predicted.decoded_token(1000, True, True) == (123, pytest.approx(weights + 2 * 123 + 12 * 2))
-    assert predicted.decoded_token(512, True, True) == (111, pytest.approx(weights + 2 * 111 + 12 * 8))
+    assert predicted.decoded_token(1000, True, True) == (135, pytest.approx(weights + 2 * 135 + 12 * 2))
+    assert predicted.decoded_token(512, True, True) == (135, pytest.approx(weights + 2 * 135 + 12 * 2))
+    assert predicted.decoded_token(512, False, True) == (123, pytest.approx(weights + 2 * 123 + 12 * 8))

@@ -40,9 +40,7 @@ def check_same(run_trainer, folder, trainer, graph_launches: int, **options) -> 
     for graph in ("0", "1"):
         result, runtime = run_trainer(trainer, graph, checkpoint="c.bin", log="log.txt", **options)
         assert result.code == 0, result.err
-        said = re.sub(
-            r"\([\d.]+ ms, \d+ tok/s\)|[\d.]+% of a forward pass|(time|emulator|memory|MiB).*", "", result.out
-        )
+        said = re.sub(MEASURED, "", result.out)
         file, state = load_checkpoint(folder / "c.bin")
         kept = [values.tobytes() for values in (file.params, file.extra, state.m, state.v)]
         runs.append((said, (folder / "log.txt").read_text(), *kept, runtime.graph_launches))
@@ -62,13 +60,14 @@ CHANGING |= dict(weight_decay=0.1, decay_all=0, val_every=3, val_batches=2, samp
 @pytest.mark.parametrize(
     "more, launches",
     [
-        # forward 6 in training, 6 in 3 validations, 1 before the checkpoint is written: all but the first; the others 5
-        (dict(fc1_bandwidth=24, fc2_bandwidth=24), 12 + 5 + 5),
-        # forward 11 in training, 6 in validations; backward 5 of each of the two micro-steps; update 5
-        (dict(fc1_bandwidth=24, fc2_bandwidth=24, grad_accum=2), 11 + 6 + 5 + 5 + 5),
-        (dict(fc1_bandwidth=24, permute=3, kernel="mask", grad_accum=2), 11 + 6 + 5 + 5 + 5),
+        # all calls but the first: forward 6 in training, 6 in 3 validations, 1 before the checkpoint is written;
+        # backward and update 6; 11 tokens of each of 2 samples
+        (dict(fc1_bandwidth=24, fc2_bandwidth=24), 12 + 5 + 5 + 21),
+        # forward 11 in training, 6 in validations; backward 5 of each of the two micro-steps; update 5; tokens
+        (dict(fc1_bandwidth=24, fc2_bandwidth=24, grad_accum=2), 11 + 6 + 5 + 5 + 5 + 21),
+        (dict(fc1_bandwidth=24, permute=3, kernel="mask", grad_accum=2), 11 + 6 + 5 + 5 + 5 + 21),
         # from the first update on products skip what is outside the band: before it 2 forwards, then graphs anew
-        (dict(fc1_bandwidth=24, mask_init=0, grad_accum=2), 2 + 9 + 4 + 4 + 4 + 4),
+        (dict(fc1_bandwidth=24, mask_init=0, grad_accum=2), 2 + 9 + 4 + 4 + 4 + 4 + 21),
     ],
 )
 def test_banded(more, launches, run_trainer, folder):

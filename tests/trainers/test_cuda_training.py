@@ -88,16 +88,26 @@ def test_generate_gives_the_logits_of_the_cpu(on_emulator):
 
 
 def test_a_decoded_token_takes_few_launches(on_emulator):
-    """Nine a layer and three, with biases added in the products of one row; one more a layer behind 512 keys."""
-    config = dataclasses.replace(tiny.CONFIG, maxT=520)
-    runtime = on_emulator(mode="fast")
-    model = train_banded.GPT2(cuda.device(runtime), config, gpt2_init(config, 3), 1, 1)
-    launched, launch = [], runtime.launch
-    runtime.launch = lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest))
-    for start, count in ((511, 9), (512, 10)):
-        launched.clear()
-        model.extend(np.zeros(1, np.int32), start)
-        assert len(launched) == count * config.L + 3 and launched.count("matmul_row_kernel") == 4 * config.L + 1
+    """Ten a layer and three, with biases added in the products of one row; eleven in a model of more than 512
+    positions; then one, a graph, with the same logits."""
+    tokens = np.arange(5, dtype=np.int32)
+    for maxT, count in ((512, 10), (520, 11)):
+        config = dataclasses.replace(tiny.CONFIG, maxT=maxT)
+        runtime = on_emulator(mode="fast")
+        eager, by_graphs = (
+            train_banded.GPT2(cuda.device(runtime, graph), config, gpt2_init(config, 3), 1, 1) for graph in ("0", "1")
+        )
+        expected = [eager.extend(tokens[t : t + 1], t) for t in range(5)]
+        launched, launch = [], runtime.launch
+        runtime.launch = lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest))  # noqa: B023
+        for t in range(5):
+            launched.clear()
+            assert by_graphs.extend(tokens[t : t + 1], t).tobytes() == expected[t].tobytes()
+            assert runtime.graph_launches == t  # none, then the captured one, and on
+            if t < 2:
+                assert len(launched) == count * config.L + 3
+                assert launched.count("matmul_row_kernel") == 4 * config.L + 1
+        assert launched == []
 
 
 def test_generate_runs_on_the_device(on_emulator, folder, capsys):

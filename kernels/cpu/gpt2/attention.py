@@ -12,6 +12,7 @@ from math import sqrt
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, num_threads, scratch
+from kernels.cpu.gpt2.append_rows import position
 
 QUERIES = 64  # queries in a block; half of its square of scores lies above the diagonal and is wasted
 SCORES = 1 << 17  # values of one block of scores, over as many heads as fit
@@ -124,8 +125,14 @@ def attend_backward(grads, inputs, do, o, lse, s, scale, write):
 
 
 def attention_forward(out, lse, qkv, NH, start=0):
-    """out (B*(T-start),C), lse (B,NH,T-start) from qkv (B,T,3C), for the queries at positions start..T-1."""
+    """out (B*(T-start),C), lse (B,NH,T-start) from qkv (B,T,3C), for the queries at positions start..T-1.
+
+    start may be an array (1). Then out says how many queries there are, and qkv may have rows behind the last.
+    """
     B, T, C3 = qkv.shape
+    if isinstance(start, np.ndarray):
+        start = position(start)
+        T = start + len(out) // B
     scale = 1 / sqrt(C3 // 3 // NH)
 
     def queries(b, first, end):

@@ -155,7 +155,8 @@ attention_forward_128_kernel(float* __restrict__ out, float* __restrict__ lse, c
 // --- decoding --------------------------------------------------------------------------------------------------------
 
 // HS / 4 lanes share a key. each such group has a softmax of its own, over every SHARES-th key; these are joined last.
-// of several parts of `keys_of_part` keys a block writes what it found to part_sums (parts,B*n,C) and part_softmax
+// `further` is memory: a CUDA graph serves every position, with blocks for all of the T rows that qkv has, of which
+// those behind the query find no key. of several parts of `keys_of_part` keys a block writes what it found to part_sums (parts,B*n,C) and part_softmax
 // (parts,B,n,NH,2), else out and lse
 template <int HS, int THREADS>
 __device__ __forceinline__ void decode_query(float* out, float* lse, float* part_sums, float* part_softmax,
@@ -221,10 +222,11 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, float* part
         total += weight * share_total[s];
         result += weight * share_sums[s][threadIdx.x / 4].at[threadIdx.x % 4];
     }
-    const size_t row = (b * (T - start) + blockIdx.y) * NH + h;
+    const int n = gridDim.y;  // queries
+    const size_t row = (b * n + blockIdx.y) * NH + h;
     if (gridDim.z == 1) {
         out[row * hs + threadIdx.x] = result / total;
-        if (threadIdx.x == 0) { lse[(b * NH + h) * (T - start) + blockIdx.y] = LN2 * (top + log2f(total)); }
+        if (threadIdx.x == 0) { lse[(b * NH + h) * n + blockIdx.y] = LN2 * (top + log2f(total)); }
     } else {
         const size_t of_part = (size_t)blockIdx.z * gridDim.x * gridDim.y + row;
         part_sums[of_part * hs + threadIdx.x] = result;
@@ -235,15 +237,15 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, float* part
 extern "C" __global__ void __launch_bounds__(256)
 attention_decode_64_kernel(float* __restrict__ out, float* __restrict__ lse, float* __restrict__ part_sums,
                            float* __restrict__ part_softmax, const float* __restrict__ qkv, int T, int NH, int hs,
-                           int start, int keys_of_part) {
-    decode_query<64, 256>(out, lse, part_sums, part_softmax, qkv, T, NH, hs, start, keys_of_part);
+                           int start, const int* __restrict__ further, int keys_of_part) {
+    decode_query<64, 256>(out, lse, part_sums, part_softmax, qkv, T, NH, hs, start + *further, keys_of_part);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 attention_decode_128_kernel(float* __restrict__ out, float* __restrict__ lse, float* __restrict__ part_sums,
                             float* __restrict__ part_softmax, const float* __restrict__ qkv, int T, int NH, int hs,
-                            int start, int keys_of_part) {
-    decode_query<128, 256>(out, lse, part_sums, part_softmax, qkv, T, NH, hs, start, keys_of_part);
+                            int start, const int* __restrict__ further, int keys_of_part) {
+    decode_query<128, 256>(out, lse, part_sums, part_softmax, qkv, T, NH, hs, start + *further, keys_of_part);
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------

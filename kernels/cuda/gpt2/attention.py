@@ -3,6 +3,7 @@
 import numpy as np
 
 from kernels.cpu.gpt2 import attention as numpy_attention
+from kernels.cuda.gpt2.append_rows import position
 from kernels.cuda.gpt2.attention_join import attention_join, part_buffers, split_keys
 from kernels.cuda.gpt2.attention_tensor import tensor_backward, tensor_forward
 from kernels.cuda.runtime.grid import THREADS, TILE_THREADS, ceil_div, padded_head, warp_a_row
@@ -15,12 +16,15 @@ PASSING = {64: 64, 128: 32}  # padded head size: keys that a decoding block meet
 
 
 def attention_forward(cuda, out, lse, qkv, NH, start=0):
-    """As kernels.cpu.gpt2.attention.attention_forward. Raises UserError for hs > 128."""
+    """As kernels.cpu.gpt2.attention.attention_forward. Raises UserError for hs > 128.
+
+    Few queries run in blocks for all tokens that qkv has: an array `start` changes no launch.
+    """
     B, T, C3 = qkv.shape
-    hs = C3 // 3 // NH
-    size, queries = padded_head("attention_forward", hs, ROWS), T - start
+    hs, queries = C3 // 3 // NH, len(out) // B
+    size = padded_head("attention_forward", hs, ROWS)
     args = (out, lse, qkv, T, NH, hs, start)
-    if queries <= DECODE:
+    if queries <= DECODE or cuda.is_array(start):
         _decode(cuda, out, lse, qkv, NH, start, size)
     elif _on_tensor_cores(cuda, hs, size):
         tensor_forward(cuda, out, lse, qkv, NH, start, size)
@@ -47,11 +51,12 @@ def attention_backward(cuda, dqkv, dout, qkv, out, lse, NH):
 def _decode(cuda, out, lse, qkv, NH, start, size):
     """attention_forward of few queries."""
     B, T, C3 = qkv.shape
-    hs, rows = C3 // 3 // NH, B * (T - start) * NH
+    hs, queries = C3 // 3 // NH, len(out) // B
+    rows = B * queries * NH
     parts, share = split_keys(T, rows, PASSING[size]) if T > ALONE else (1, T)
     part_sums, part_softmax = part_buffers(cuda, parts, rows, hs) if parts > 1 else (out, lse)  # else not written
-    args = (out, lse, part_sums, part_softmax, qkv, T, NH, hs, start, share)
-    cuda.launch(f"attention_decode_{size}_kernel", (B * NH, T - start, parts), THREADS, args)
+    args = (out, lse, part_sums, part_softmax, qkv, T, NH, hs, *position(cuda, start), share)
+    cuda.launch(f"attention_decode_{size}_kernel", (B * NH, queries, parts), THREADS, args)
     if parts > 1:
         attention_join(cuda, out, lse, part_sums, part_softmax)
 

@@ -44,6 +44,7 @@ class Row(NamedTuple):
 
 # FLOP counts an addition, a multiplication, exp, log, tanh, sqrt and a division as one each
 ROWS_OF_TABLE = [
+    Row("append_rows_kernel", "0", "6*B*C", "", "0"),
     Row("encoder_forward_kernel", "1", "2*N*C + T*C + N", "2*N*C + N*C + N", "N*C"),
     Row("encoder_backward_wte_kernel", "1", "3*N*C + N", "3*N*C + N*N", "N*C"),
     Row("encoder_backward_wpe_kernel", "1", "N*C + 2*T*C", "", "N*C"),
