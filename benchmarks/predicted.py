@@ -156,9 +156,9 @@ def decode_note() -> str:
         f"**A decoded token** of 124M, float32, one text. A launch takes the host {HOST} us, which is the limit, not "
         f"what the GPU does meanwhile: {weights:.0f} us for the weights' way from memory and, assumed, {KERNEL} us a "
         f"kernel and {TILE} us for {PASSING[64]} keys of a head in one block. Biases added in products save four "
-        "launches a layer; a copy into the cache, so that all positions are one graph, costs one, and to split keys over "
-        f"blocks, in a model of more than {ALONE} positions, another. Both pay in a graph, and only a graph makes a token "
-        "three times as fast."
+        "launches a layer; a copy into the cache, so that all positions are one graph, costs one, and to split keys "
+        f"over blocks, in a model of more than {ALONE} positions, another. Both pay in a graph, and only a graph makes a "
+        "token three times as fast."
     )
 
 
