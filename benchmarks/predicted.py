@@ -157,8 +157,8 @@ def decode_note() -> str:
         f"what the GPU does meanwhile: {weights:.0f} us for the weights' way from memory and, assumed, {KERNEL} us a "
         f"kernel and {TILE} us for {PASSING[64]} keys of a head in one block. Biases added in products save four "
         "launches a layer; a copy into the cache, so that all positions are one graph, costs one, and to split keys "
-        f"over blocks, in a model of more than {ALONE} positions, another. Both pay in a graph, and only a graph makes a "
-        "token three times as fast."
+        f"over blocks, in a model of more than {ALONE} positions, another. Both pay in a graph, and only a graph makes "
+        "a token three times as fast."
     )
 
 
