@@ -3,13 +3,6 @@
 // What passes a warp's rows: tiles in shared memory on their way from the rows of heads, products of a tile with rows
 // and of weights with a tile, and what is not finite in it. Layouts are told in attention_tensor.cu.
 
-// older GPUs, which launchers do not give these kernels, need not compile the fallbacks of mma.cuh
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define FOR_TENSOR_CORES(...)
-#else
-#define FOR_TENSOR_CORES(...) __VA_ARGS__
-#endif
-
 template <int HS> constexpr int CHUNKS = HS / 4;           // of 16 bytes, of a row
 template <int HS> constexpr int STRIDE = CHUNKS<HS> + 1;   // of rows in shared memory, in chunks
 template <int COLUMNS, int M> using Sums = float[M][COLUMNS / 8][4];  // of M x 16 rows

@@ -183,6 +183,15 @@ __device__ __forceinline__ Band band_of_row(int row, int rows, int columns, int 
     return band;
 }
 
+// what rows row0 .. row0 + count - 1 keep together; both ends are multiples of 4, or the last column
+__device__ __forceinline__ Band band_of_rows(int row0, int count, int rows, int columns, int bandwidth) {
+    Band band = band_of_row(row0, rows, columns, bandwidth);  // both ends of the band move on with the row
+    band.start &= ~3;
+    band.stop = band_of_row(min(row0 + count, rows) - 1, rows, columns, bandwidth).stop;
+    band.stop = min((band.stop + 3) & ~3, columns);
+    return band;
+}
+
 // AdamW's settings at one update, with the bias corrections folded in: kernels/cuda/gpt2/adamw.py, rates
 struct AdamwRates {
     float rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale;
