@@ -1,30 +1,79 @@
-"""Launchers of band_matmul.cu."""
+"""Products of banded weights: band_matmul_tensor.cu on tensor cores, band_matmul.cu on others, or dense ones.
 
+Six products, of both layers forward, dinp and dweight, on an H100, in us: what band_products goes by.
+
+| N, C, w       | density | dense TF32 | band TF32 | dense float32 | band 3xTF32 | band float32 |
+|---------------|---------|------------|-----------|---------------|-------------|--------------|
+| 4096, 768, 64   |  2.1 % |        481 |       228 |          2439 |         271 |         1245 |
+| 4096, 768, 256  |  8.2 % |        481 |       297 |          2437 |         437 |         1385 |
+| 4096, 768, 1024 | 30.5 % |        483 |       681 |          2434 |        1154 |         2291 |
+| 16384, 768, 256 |  8.2 % |       1617 |       881 |          9153 |        1442 |         5154 |
+| 4096, 1600, 256 |  4.0 % |       1707 |       523 |         10753 |         816 |         2089 |
+| 4096, 4096, 512 |  3.1 % |       9348 |      1926 |         64013 |        3297 |         4147 |
+
+dense is cuBLAS's. Four times the tokens change the ratios by a tenth, so N does not count. Columns of tensor cores are of
+kernels before these, which split and rounded in more operations. To measure again: make bench_gpu, row FC1 and FC2
+banded, and benchmarks/gpu_step_time.py --sizes 124M --profile for single kernels.
+"""
+
+from functools import lru_cache
+
+from kernels.cpu.band.band_mask import band_count
+from kernels.cuda.band.band_mask import band_mask
+from kernels.cuda.band.band_matmul_tensor import tensor_band_backward, tensor_band_forward
 from kernels.cuda.gpt2.column_sum import column_sum
 from kernels.cuda.gpt2.matmul import matmul_backward, matmul_forward
+from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, ceil_div
 
 ROWS, COLUMNS = 128, 64  # sides of a tile: BM and BN of band_matmul.cu
+# densities from which on dense products, and a mask on the gradient, are faster: where straight lines through the rows
+# of C = 768 meet; for 3xTF32 with dense products in 3xTF32 at 60 % of cuBLAS's time, which is expected, not measured
+DENSE_FROM = {"tf32": 0.19, "3xtf32": 0.4, "float32": 0.34}
+
+
+def band_products(cuda, C: int, bandwidth: int) -> str:
+    """How to multiply by a band in 4C x C: "tf32", "3xtf32" on tensor cores, "float32" on others, or "dense".
+
+    Weights outside the band are zero, so that dense products are right but for what dweight gets there.
+    """
+    products = tensor_products(cuda) or ("dense" if cuda.tf32 else "float32")
+    return "dense" if products == "dense" or band_density(C, bandwidth) >= DENSE_FROM[products] else products
+
+
+@lru_cache(maxsize=64)
+def band_density(C: int, bandwidth: int) -> float:
+    """The share of a (4C,C) weight inside its band."""
+    return band_count(4 * C, C, bandwidth) / (4 * C * C)
 
 
 def band_matmul_forward(cuda, out, inp, weight, bias, bandwidth):
     """As kernels.cpu.band.band_matmul.band_matmul_forward."""
-    if not bandwidth:
-        matmul_forward(cuda, out, inp, weight, bias)
-        return
     (N, C), OC = inp.shape, len(weight)
-    cuda.launch("band_matmul_forward_kernel", _tiles(N, OC), THREADS, (out, inp, weight, bias, N, C, OC, bandwidth))
+    products = band_products(cuda, min(C, OC), bandwidth) if bandwidth else "dense"
+    if products == "dense":
+        matmul_forward(cuda, out, inp, weight, bias)
+    elif products == "float32":
+        cuda.launch("band_matmul_forward_kernel", _tiles(N, OC), THREADS, (out, inp, weight, bias, N, C, OC, bandwidth))
+    else:
+        tensor_band_forward(cuda, products, out, inp, weight, bias, bandwidth)
 
 
 def band_matmul_backward(cuda, dinp, dweight, dbias, dout, inp, weight, bandwidth, beta=0):
     """As kernels.cpu.band.band_matmul.band_matmul_backward."""
-    if not bandwidth:
-        matmul_backward(cuda, dinp, dweight, dbias, dout, inp, weight, beta)
-        return
     (N, C), OC = inp.shape, len(weight)
-    cuda.launch("band_matmul_dinp_kernel", _tiles(N, C), THREADS, (dinp, dout, weight, N, C, OC, bandwidth))
-    args = (dweight, dout, inp, N, C, OC, bandwidth, beta)
-    cuda.launch("band_matmul_dweight_kernel", _tiles(OC, C), THREADS, args)
+    products = band_products(cuda, min(C, OC), bandwidth) if bandwidth else "dense"
+    if products == "dense":
+        matmul_backward(cuda, dinp, dweight, dbias, dout, inp, weight, beta)
+        if bandwidth:
+            band_mask(cuda, dweight.reshape(1, OC, C), bandwidth)
+        return
+    if products == "float32":
+        cuda.launch("band_matmul_dinp_kernel", _tiles(N, C), THREADS, (dinp, dout, weight, N, C, OC, bandwidth))
+        args = (dweight, dout, inp, N, C, OC, bandwidth, beta)
+        cuda.launch("band_matmul_dweight_kernel", _tiles(OC, C), THREADS, args)
+    else:
+        tensor_band_backward(cuda, products, dinp, dweight, dout, inp, weight, bandwidth, beta)
     column_sum(cuda, dbias, dout)
 
 

@@ -9,15 +9,6 @@ template <int COLUMNS, int M> using Sums = float[M][COLUMNS / 8][4];  // of M x 
 
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
 
-// a float of memory as it is kept, and what was kept as an operand: rounded once, or split at each use
-template <bool EXACT> __device__ __forceinline__ float kept(float x) {
-    return EXACT ? x : __uint_as_float(to_tf32(x));
-}
-template <bool EXACT> __device__ __forceinline__ Tf32 operand(float x) {
-    if (EXACT) { return split_tf32<true>(x); }
-    return {__float_as_uint(x), 0u};
-}
-
 // operand a, M x 16 rows of a head, for HS / 8 products; in registers, or SHARED, where a lane reads what it wrote itself
 template <int HS, int M, bool SHARED> struct Rows {
     static constexpr int CHUNKS_A_WARP = 0;

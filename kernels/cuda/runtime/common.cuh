@@ -192,6 +192,20 @@ __device__ __forceinline__ Band band_of_rows(int row0, int count, int rows, int 
     return band;
 }
 
+// the first tile of rows whose expert is `expert` or a later one; experts ascend, -1, the largest unsigned number, comes last
+__device__ __forceinline__ int first_tile(const int* tile_expert, int tiles, unsigned expert) {
+    int low = 0, high = tiles;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if ((unsigned)tile_expert[middle] < expert) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
 // AdamW's settings at one update, with the bias corrections folded in: kernels/cuda/gpt2/adamw.py, rates
 struct AdamwRates {
     float rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale;

@@ -6,8 +6,9 @@
 //   v1 gemm_tile.cuh              FMAs are the limit, and tensor cores idle
 //   v2 products by mma            sums grow inside tensor cores, which cut off what is too small for a sum: an H100 was
 //                                 off by 1e-5 after 16384 steps of 3xTF32. Splits took longer than products
-//   v3 sums of a piece (this)     in 3xTF32, PIECE steps are summed inside, and then added outside, to nearest; a split is
-//                                 two operations (mma.cuh)
+//   v3 sums of a piece (this)     in 3xTF32, PIECE steps are summed inside, and then added outside, to nearest, and a split
+//                                 is two operations (mma.cuh); in TF32 a value is rounded once, by the thread that copied
+//                                 it, and not by every warp that reads it
 //
 // A piece of both operands is in one of STAGES stages of shared memory: one is multiplied while the others are on their
 // way by cp.async, with one barrier a piece. A warp has WM x WN of the tile; a lane reads k = 4t .. 4t + 3 of a row,
@@ -33,28 +34,44 @@ template <int ROWS, int THREADS, bool ALONG_K> struct MmaOperand {
         : ld(ld), packed(ld % 4 == 0 && aligned(array)) {
         const int x = threadIdx.x % WIDE * 4, y = threadIdx.x / WIDE;
         left = rows - row0 - (ALONG_K ? y : x);
-        if (!ALONG_K && x >= ROWS) { left = 0; }
         from = array + (ALONG_K ? (size_t)(row0 + y) * ld + first + x : (size_t)(first + y) * ld + row0 + x);
     }
+
+    // where copy i of this thread goes
+    static __device__ __forceinline__ float* place(float* piece, int i) {
+        const int x = threadIdx.x % WIDE * 4, line = threadIdx.x / WIDE + i * STEP;
+        return piece + (ALONG_K ? 4 * (threadIdx.x + i * THREADS) : line * ROWS + (x ^ line / 4 * 8));
+    }
+    static __device__ __forceinline__ bool copies() { return ALONG_K || threadIdx.x % WIDE * 4 < ROWS; }
 
     // the next PIECE steps, of which there are `steps`; the others become 0
     __device__ __forceinline__ void fetch(float* piece, int steps) {
         const int x = threadIdx.x % WIDE * 4, y = threadIdx.x / WIDE;
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
-            const int line = y + i * STEP;
-            const int there = ALONG_K ? (i * STEP < left ? steps - x : 0) : (line < steps ? left : 0);
-            float* to = piece + (ALONG_K ? 4 * (threadIdx.x + i * THREADS) : line * ROWS + (x ^ line / 4 * 8));
+            if (!copies()) { continue; }
+            const int there = ALONG_K ? (i * STEP < left ? steps - x : 0) : (y + i * STEP < steps ? left : 0);
             const float* copied = from + (size_t)(i * STEP) * ld;
-            if (!ALONG_K && x >= ROWS) { continue; }
             if (packed) {
-                copy_later<16>(to, copied, there > 0);
+                copy_later<16>(place(piece, i), copied, there > 0);
             } else {
 #pragma unroll
-                for (int j = 0; j < 4; j++) { copy_later<4>(to + j, copied + j, j < there); }
+                for (int j = 0; j < 4; j++) { copy_later<4>(place(piece, i) + j, copied + j, j < there); }
             }
         }
         from += ALONG_K ? PIECE : (size_t)PIECE * ld;
+    }
+
+    // a thread rounds what it has copied itself
+    static __device__ __forceinline__ void round(float* piece) {
+#pragma unroll
+        for (int i = 0; i < COPIES; i++) {
+            if (!copies()) { continue; }
+            Pack<4> values = load<4>(place(piece, i), 0);
+#pragma unroll
+            for (int j = 0; j < 4; j++) { values.at[j] = kept<false>(values.at[j]); }
+            store<4>(place(piece, i), 0, values);
+        }
     }
 
     // k = 4t .. 4t + 3 of a row of a piece
@@ -101,13 +118,16 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool EXACT, bool A_ALONG_K
         for (int i = 0; i < MI * NI * 4; i++) { total[i / (NI * 4)][i / 4 % NI][i % 4] = 0.0f; }
 #pragma unroll
         for (int stage = 0; stage < STAGES - 1; stage++) { fetch(shared, stage, a, b, last - first - stage * PIECE); }
-        int stage = 0, spare = STAGES - 1;
+        int stage = 0;
         for (int k = first; k < last; k += PIECE) {
             wait_for_copies<STAGES - 2>();
+            if (!EXACT) {
+                A::round(shared.a[stage]);
+                B::round(shared.b[stage]);
+            }
             __syncthreads();  // the piece is there for all threads, and all are done with the one in front of it
-            fetch(shared, spare, a, b, last - k - (STAGES - 1) * PIECE);
+            fetch(shared, stage ? stage - 1 : STAGES - 1, a, b, last - k - (STAGES - 1) * PIECE);
             if (k < own.stop && k + PIECE > own.start) { multiply_piece(total, shared.a[stage], shared.b[stage]); }
-            spare = stage;
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
     }
@@ -128,8 +148,8 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool EXACT, bool A_ALONG_K
             const Pack<4> upper = A::read(a, m + 16 * i), lower = A::read(a, m + 16 * i + 8);
 #pragma unroll
             for (int l = 0; l < 4; l++) {
-                x[i][l / 2][l % 2 * 2] = split_tf32<EXACT>(upper.at[l]);
-                x[i][l / 2][l % 2 * 2 + 1] = split_tf32<EXACT>(lower.at[l]);
+                x[i][l / 2][l % 2 * 2] = operand<EXACT>(upper.at[l]);
+                x[i][l / 2][l % 2 * 2 + 1] = operand<EXACT>(lower.at[l]);
             }
         }
 #pragma unroll
@@ -137,7 +157,7 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool EXACT, bool A_ALONG_K
             const Pack<4> of_b = B::read(b, n + 8 * j);
             Tf32 y[4];
 #pragma unroll
-            for (int l = 0; l < 4; l++) { y[l] = split_tf32<EXACT>(of_b.at[l]); }
+            for (int l = 0; l < 4; l++) { y[l] = operand<EXACT>(of_b.at[l]); }
 #pragma unroll
             for (int i = 0; i < MI; i++) {
                 float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};

@@ -50,15 +50,21 @@ struct Tf32 {
     unsigned high, low;
 };
 
-// for mma, which drops the lower 13 bits: two operations either way, where to_tf32 takes three. A kernel splits every
-// value as often as its warps read it. Dropped of low are at most two bits, 2^-21 of x. NaNs stay NaN
+// of EXACT parts mma drops the lower 13 bits: of low that is two bits at most, 2^-21 of x. Rounding high, and low again,
+// would take six operations in place of two, and a kernel splits a value as often as its warps read it
 template <bool EXACT> __device__ __forceinline__ Tf32 split_tf32(float x) {
-    const unsigned bits = __float_as_uint(x);
-    if (EXACT) {
-        const unsigned high = bits & 0xffffe000u;
-        return {high, __float_as_uint(x - __uint_as_float(high))};
-    }
-    return {fabsf(x) < -MINUS_INFINITY ? bits + 0x1000u : bits, 0u};
+    if (!EXACT) { return {to_tf32(x), 0u}; }
+    const unsigned high = __float_as_uint(x) & 0xffffe000u;
+    return {high, __float_as_uint(x - __uint_as_float(high))};
+}
+
+// a float of memory as it is kept, and what was kept as an operand: rounded once, or split at each use
+template <bool EXACT> __device__ __forceinline__ float kept(float x) {
+    return EXACT ? x : __uint_as_float(to_tf32(x));
+}
+template <bool EXACT> __device__ __forceinline__ Tf32 operand(float x) {
+    if (EXACT) { return split_tf32<true>(x); }
+    return {__float_as_uint(x), 0u};
 }
 
 // two floats as a word of bf16; to nearest, ties to even
