@@ -11,15 +11,12 @@ Six products, of both layers forward, dinp and dweight, on an H100, in us: what 
 | 4096, 1600, 256 |  4.0 % |       1707 |       523 |         10753 |         816 |         2089 |
 | 4096, 4096, 512 |  3.1 % |       9348 |      1926 |         64013 |        3297 |         4147 |
 
-dense is cuBLAS's. Four times the tokens change the ratios by a tenth, so N does not count. Columns of tensor cores are of
+dense is cuBLAS's. Four times the tokens change ratios by a tenth, so N does not count. Columns of tensor cores are of
 kernels before these, which split and rounded in more operations. To measure again: make bench_gpu, row FC1 and FC2
 banded, and benchmarks/gpu_step_time.py --sizes 124M --profile for single kernels.
 """
 
-from functools import lru_cache
-
-from kernels.cpu.band.band_mask import band_count
-from kernels.cuda.band.band_mask import band_mask
+from kernels.cuda.band.band_mask import band_density, band_mask
 from kernels.cuda.band.band_matmul_tensor import tensor_band_backward, tensor_band_forward
 from kernels.cuda.gpt2.column_sum import column_sum
 from kernels.cuda.gpt2.matmul import matmul_backward, matmul_forward
@@ -39,12 +36,6 @@ def band_products(cuda, C: int, bandwidth: int) -> str:
     """
     products = tensor_products(cuda) or ("dense" if cuda.tf32 else "float32")
     return "dense" if products == "dense" or band_density(C, bandwidth) >= DENSE_FROM[products] else products
-
-
-@lru_cache(maxsize=64)
-def band_density(C: int, bandwidth: int) -> float:
-    """The share of a (4C,C) weight inside its band."""
-    return band_count(4 * C, C, bandwidth) / (4 * C * C)
 
 
 def band_matmul_forward(cuda, out, inp, weight, bias, bandwidth):

@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 
-from kernels.cpu.band.band_mask import band_columns
+from kernels.cuda.band.band_mask import band_of_rows
 from kernels.cuda.gpt2.matmul_tensor import parts_of
 from kernels.cuda.runtime.grid import ceil_div
 
@@ -49,9 +49,6 @@ def _tiles(products, rows, columns):
 def gradient_tiles(products: str, C: int, bandwidth: int) -> tuple[int, int, int]:
     """(tiles of hidden units, most tiles of channels that the bands of one cover, tiles that are used)"""
     height, width = GRADIENT_TILES[products]
-    across = []
-    for first in range(0, 4 * C, height):
-        start, _ = band_columns(first, 4 * C, C, bandwidth)
-        _, stop = band_columns(min(first + height, 4 * C) - 1, 4 * C, C, bandwidth)
-        across.append(ceil_div(max(min(ceil_div(stop, 4) * 4, C) - start // 4 * 4, 0), width))
+    bands = [band_of_rows(first, height, 4 * C, C, bandwidth) for first in range(0, 4 * C, height)]
+    across = [ceil_div(max(stop - start, 0), width) for start, stop in bands]
     return len(across), max(across), max(sum(across), 1)
