@@ -5,15 +5,21 @@
 //   v2 mma, tokens in parts      the gradient's blocks share the tokens, a second kernel joins what they summed
 //   v3 warps skip (this)         a warp leaves out the pieces that the bands of its own columns do not reach
 //
-// Band 256 in both layers of 4096 tokens, C = 768, all six products on an H100: v1 1385 us; v2 and v3, with splits of
-// three times the operations, 437 in 3xTF32 and 297 in TF32. Tiles are those that were the fastest there.
+// Band 256 of 4096 tokens, C = 768, on an H100, us of FC1 and FC2. Measured: v1, and v3 with splits of six operations and
+// roundings of two, for each warp that reads a value. Expected: today's, from its operations. Bytes alone take 19 us.
+// Sides of tiles are those that were the fastest there.
+//
+//              v1       | TF32: measured | expected | 3xTF32: measured | expected
+//   forward    73  113  |       42   61  |  36   46 |         61    86  |   50   65
+//   dinp      107   67  |       61   41  |  46   35 |         89    61  |   66   50
+//   dweight   515  510  |       51   41  |  44   38 |         74    66  |   60   55
 
 template <bool EXACT> constexpr int BM = EXACT ? 64 : 128;  // rows of inp and dout
 
 // out (N,OC) from inp (N,C), weight (OC,C), bias (OC)
 template <bool EXACT>
-__device__ __forceinline__ void forward_tile(float* out, const float* inp, const float* weight, const float* bias, int N,
-                                             int C, int OC, int bandwidth) {
+__device__ __forceinline__ void forward_tile(float* out, const float* inp, const float* weight, const float* bias,
+                                             int N, int C, int OC, int bandwidth) {
     using T = MmaTile<BM<EXACT>, 64, 32, 32, 4, EXACT, true, true>;
     using Shared = typename T::Shared;
     __shared__ Shared shared;
@@ -125,15 +131,16 @@ __device__ __forceinline__ void join_tile(float* dweight, const float* parts, in
 // --- kernels ---------------------------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-band_matmul_forward_tf32_kernel(float* __restrict__ out, const float* __restrict__ inp, const float* __restrict__ weight,
-                                const float* __restrict__ bias, int N, int C, int OC, int bandwidth) {
+band_matmul_forward_tf32_kernel(float* __restrict__ out, const float* __restrict__ inp,
+                                const float* __restrict__ weight, const float* __restrict__ bias, int N, int C, int OC,
+                                int bandwidth) {
     FOR_TENSOR_CORES(forward_tile<false>(out, inp, weight, bias, N, C, OC, bandwidth);)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
 band_matmul_forward_3xtf32_kernel(float* __restrict__ out, const float* __restrict__ inp,
-                                  const float* __restrict__ weight, const float* __restrict__ bias, int N, int C, int OC,
-                                  int bandwidth) {
+                                  const float* __restrict__ weight, const float* __restrict__ bias, int N, int C,
+                                  int OC, int bandwidth) {
     FOR_TENSOR_CORES(forward_tile<true>(out, inp, weight, bias, N, C, OC, bandwidth);)
 }
 
@@ -144,16 +151,16 @@ band_matmul_dinp_tf32_kernel(float* __restrict__ dinp, const float* __restrict__
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
-band_matmul_dinp_3xtf32_kernel(float* __restrict__ dinp, const float* __restrict__ dout, const float* __restrict__ weight,
-                               int N, int C, int OC, int bandwidth) {
+band_matmul_dinp_3xtf32_kernel(float* __restrict__ dinp, const float* __restrict__ dout,
+                               const float* __restrict__ weight, int N, int C, int OC, int bandwidth) {
     FOR_TENSOR_CORES(dinp_tile<true>(dinp, dout, weight, N, C, OC, bandwidth);)
 }
 
 // grid (channels, hidden units, parts), in tiles; parts of `rows` of the N rows each, if there are several
 extern "C" __global__ void __launch_bounds__(256, 2)
-band_matmul_dweight_tf32_kernel(float* __restrict__ dweight, float* __restrict__ parts, const float* __restrict__ hidden,
-                                const float* __restrict__ channel, int N, int C, int bandwidth, int rows, int transposed,
-                                int beta) {
+band_matmul_dweight_tf32_kernel(float* __restrict__ dweight, float* __restrict__ parts,
+                                const float* __restrict__ hidden, const float* __restrict__ channel, int N, int C,
+                                int bandwidth, int rows, int transposed, int beta) {
     FOR_TENSOR_CORES(
         dweight_tile<false>(dweight, parts, hidden, channel, N, C, bandwidth, rows, transposed, beta);)
 }
@@ -167,8 +174,8 @@ band_matmul_dweight_3xtf32_kernel(float* __restrict__ dweight, float* __restrict
 
 // dweight from `count` parts; grid (channels, hidden units, 2)
 extern "C" __global__ void __launch_bounds__(256)
-band_matmul_join_tf32_kernel(float* __restrict__ dweight, const float* __restrict__ parts, int C, int bandwidth, int count,
-                             int transposed, int beta) {
+band_matmul_join_tf32_kernel(float* __restrict__ dweight, const float* __restrict__ parts, int C, int bandwidth,
+                             int count, int transposed, int beta) {
     FOR_TENSOR_CORES(join_tile<false>(dweight, parts, C, bandwidth, count, transposed, beta);)
 }
 

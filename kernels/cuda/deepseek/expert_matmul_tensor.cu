@@ -1,11 +1,12 @@
 // expert_matmul_tensor.cu: expert_matmul.cu's products on tensor cores (kernels/cpu/deepseek/expert_matmul.py); tiles
 // in gemm_mma.cuh. tf32: operands of products are rounded to nearest; 3xtf32: split, with float32's accuracy
 //
-//   v1 expert_matmul.cu     FMAs: more than half of a small model's step on an H100
-//   v2 mma (this)           a tile has all rows that an expert's tile may have, 64, and as many columns, since there are few
-//                           tiles. An element is added up k by k, whatever its row's place in the tile
+//   v1 expert_matmul.cu   FMAs: more than half of a small model's step on an H100
+//   v2 mma (this)         a tile has all rows that an expert's tile may have, 64, and as many columns, since there are
+//                         few tiles. An element is added up in the same order, whatever its row's place in the tile
 
-template <bool EXACT, bool A_ALONG_K, bool B_ALONG_K> using Tile = MmaTile<64, 64, 32, 32, 4, EXACT, A_ALONG_K, B_ALONG_K>;
+template <bool EXACT, bool A_ALONG_K, bool B_ALONG_K>
+using Tile = MmaTile<64, 64, 32, 32, 4, EXACT, A_ALONG_K, B_ALONG_K>;
 
 // out (rows,OUT) = inp (rows,IN) times the weight of the tile's expert, (OUT,IN) if ALONG_K, else (IN,OUT); 0 where a
 // tile is not used
@@ -28,8 +29,8 @@ __device__ __forceinline__ void rows_tile(float* out, const float* inp, const fl
 
 // dweight (E,OC,C) = beta * dweight + dout^T inp over the expert's rows; dout (rows,OC), inp (rows,C)
 template <bool EXACT>
-__device__ __forceinline__ void dweight_tile(float* dweight, const float* dout, const float* inp, const int* tile_expert,
-                                             int tiles, int tile, int C, int OC, int beta) {
+__device__ __forceinline__ void dweight_tile(float* dweight, const float* dout, const float* inp,
+                                             const int* tile_expert, int tiles, int tile, int C, int OC, int beta) {
     using T = Tile<EXACT, false, false>;
     using Shared = typename T::Shared;
     __shared__ Shared shared;
@@ -46,8 +47,8 @@ __device__ __forceinline__ void dweight_tile(float* dweight, const float* dout, 
 // out (rows,OC) from inp (rows,C), weight (E,OC,C); grid (ceil(OC / 64), tiles)
 extern "C" __global__ void __launch_bounds__(128, 4)
 expert_matmul_forward_tf32_kernel(float* __restrict__ out, const float* __restrict__ inp,
-                                  const float* __restrict__ weight, const int* __restrict__ tile_expert, int tile, int C,
-                                  int OC) {
+                                  const float* __restrict__ weight, const int* __restrict__ tile_expert, int tile,
+                                  int C, int OC) {
     FOR_TENSOR_CORES((rows_tile<false, true>(out, inp, weight, tile_expert, tile, C, OC));)
 }
 

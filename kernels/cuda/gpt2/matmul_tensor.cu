@@ -1,10 +1,13 @@
 // matmul_tensor.cu: a fully connected layer's products in 3xTF32 (kernels/cpu/gpt2/matmul.py); tiles in gemm_mma.cuh
 //
-//   v1 cuBLAS in float32       FMAs: an H100 took 394 to 418 us for (4096,768) times (768,3072), 47 TFLOP/s of 67
-//   v2 3xTF32 (this)           three products on tensor cores, of which mma.sync does 314 TFLOP/s there: 184 us at best.
-//                              The bias is added in the product, which saves reading and writing out again
+//   v1 cuBLAS in float32   FMAs: an H100 took 385 to 418 us for FC1 or FC2 of 4096 tokens, C = 768: 50 TFLOP/s of 67
+//   v2 3xTF32 (this)       three products on tensor cores, whose mma.sync does 314 TFLOP/s there: 185 us at best, 240
+//                          to 290 expected, none measured. The bias is added in the product, which saves reading and
+//                          writing out again
 //
-// In TF32 cuBLAS took 57 us: its tiles read shared memory by wgmma, which mma.sync cannot follow, so it keeps those.
+// In TF32 cuBLAS took 55 to 108 us, by wgmma, which mma.sync cannot follow: it keeps those products. A block has 8
+// warps of 32 x 32, and two blocks fill a multiprocessor's registers; larger parts for a warp would save reads of shared
+// memory, and spill.
 
 template <bool A_ALONG_K, bool B_ALONG_K> using Tile = MmaTile<128, 64, 32, 32, 4, true, A_ALONG_K, B_ALONG_K>;
 

@@ -10,7 +10,7 @@ PART = 256  # rows at least that a part of a weight gradient sums over: it is wr
 
 
 def tensor_products(cuda) -> str | None:
-    """How the GPU's tensor cores multiply in our kernels: "tf32", "3xtf32" for float32's accuracy, None: not at all."""
+    """How the GPU's tensor cores multiply in our kernels: "tf32", "3xtf32" for float32's accuracy; None: not at all."""
     if not takes_tensor_cores(cuda):
         return None
     return "tf32" if cuda.tf32 else "3xtf32"

@@ -192,7 +192,8 @@ __device__ __forceinline__ Band band_of_rows(int row0, int count, int rows, int 
     return band;
 }
 
-// the first tile of rows whose expert is `expert` or a later one; experts ascend, -1, the largest unsigned number, comes last
+// the first tile of rows whose expert is `expert` or a later one; experts ascend, -1, the largest unsigned number, is
+// the last
 __device__ __forceinline__ int first_tile(const int* tile_expert, int tiles, unsigned expert) {
     int low = 0, high = tiles;
     while (low < high) {

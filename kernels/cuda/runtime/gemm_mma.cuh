@@ -6,9 +6,9 @@
 //   v1 gemm_tile.cuh              FMAs are the limit, and tensor cores idle
 //   v2 products by mma            sums grow inside tensor cores, which cut off what is too small for a sum: an H100 was
 //                                 off by 1e-5 after 16384 steps of 3xTF32. Splits took longer than products
-//   v3 sums of a piece (this)     in 3xTF32, PIECE steps are summed inside, and then added outside, to nearest, and a split
-//                                 is two operations (mma.cuh); in TF32 a value is rounded once, by the thread that copied
-//                                 it, and not by every warp that reads it
+//   v3 sums of a piece (this)     in 3xTF32, PIECE steps are summed inside, and then added outside, to nearest; a split
+//                                 is two operations (mma.cuh). In TF32 a value is rounded once, by the thread that
+//                                 copied it, and not by every warp that reads it
 //
 // A piece of both operands is in one of STAGES stages of shared memory: one is multiplied while the others are on their
 // way by cp.async, with one barrier a piece. A warp has WM x WN of the tile; a lane reads k = 4t .. 4t + 3 of a row,
@@ -19,8 +19,8 @@
 
 constexpr int PIECE = 16;  // steps of k in a stage
 
-// a or b: element (row,k) is array[row * ld + k] if ALONG_K, else array[k * ld + row]. Rows from `row0` on, up to `rows`.
-// Along k, pieces begin at multiples of 4 and end there or where rows do
+// a or b: element (row,k) is array[row * ld + k] if ALONG_K, else array[k * ld + row]. Rows from `row0` to `rows`,
+// pieces from `first` on. Along k, `first` and the last k are multiples of 4, or the last one is where rows end
 template <int ROWS, int THREADS, bool ALONG_K> struct MmaOperand {
     static constexpr int WIDE = ALONG_K ? PIECE / 4 : ROWS > 64 ? 32 : 16;  // threads side by side, 16 bytes each
     static constexpr int STEP = THREADS / WIDE;                             // rows or k to a thread's next copy

@@ -50,8 +50,8 @@ struct Tf32 {
     unsigned high, low;
 };
 
-// of EXACT parts mma drops the lower 13 bits: of low that is two bits at most, 2^-21 of x. Rounding high, and low again,
-// would take six operations in place of two, and a kernel splits a value as often as its warps read it
+// of EXACT parts mma drops the lower 13 bits: of low that is two bits at most, 2^-21 of x. Rounding high and low would
+// take seven operations in place of two, and a kernel splits a value as often as its warps read it
 template <bool EXACT> __device__ __forceinline__ Tf32 split_tf32(float x) {
     if (!EXACT) { return {to_tf32(x), 0u}; }
     const unsigned high = __float_as_uint(x) & 0xffffe000u;
