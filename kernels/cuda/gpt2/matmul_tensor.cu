@@ -6,8 +6,8 @@
 //                          writing out again
 //
 // In TF32 cuBLAS took 55 to 108 us, by wgmma, which mma.sync cannot follow: it keeps those products. A block has 8
-// warps of 32 x 32, and two blocks fill a multiprocessor's registers; larger parts for a warp would save reads of shared
-// memory, and spill.
+// warps of 32 x 32, and two blocks fill a multiprocessor's registers; larger parts for a warp would save reads of
+// shared memory, and spill.
 
 template <bool A_ALONG_K, bool B_ALONG_K> using Tile = MmaTile<128, 64, 32, 32, 4, true, A_ALONG_K, B_ALONG_K>;
 
