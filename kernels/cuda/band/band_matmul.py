@@ -13,8 +13,8 @@ Six products, of both layers forward, dinp and dweight, on an H100, in us: what 
 
 dense is cuBLAS's. Four times the tokens change ratios by a tenth, so N does not count. Columns of tensor cores are of
 kernels before these, which split and rounded in more operations. cuBLAS on strided blocks of the band took 1482 us in
-the last row, in TF32, and more than the band's kernels up to C = 1600: left out. To measure again: make bench_gpu, row
-FC1 and FC2 banded, and benchmarks/gpu_step_time.py --sizes 124M --profile for single kernels.
+the last row, in TF32, and in the others more than the best of these, or 2 % less: left out. To measure again: make
+bench_gpu, row FC1 and FC2 banded, and benchmarks/gpu_step_time.py --sizes 124M --profile for single kernels.
 """
 
 from kernels.cuda.band.band_mask import band_density, band_mask
