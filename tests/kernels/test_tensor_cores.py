@@ -15,7 +15,7 @@ from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import CudaError
 from kernels.cuda.runtime.tensor_cores import MOST, product_trial, takes_tensor_cores, worth_it
 
-pytestmark = pytest.mark.launches("gpt2")
+pytestmark = pytest.mark.launches("gpt2", "band")
 
 
 def emulated(tf32=False, **options) -> EmulatedRuntime:
@@ -107,6 +107,43 @@ def test_attention_that_is_wrong_is_not_used(right, wrong, result, tmp_path, cap
     said = capfd.readouterr().err
     assert said.startswith(f"tensor cores of CUDA emulator (fast) are not used, attention's {result} is off by ")
     assert said.endswith("expected at most 2e-05: its work is done without them, slower\n") and said.count("\n") == 1
+
+
+def banded(runtime, N=70, C=36, bandwidth=9) -> float:
+    """Three products of FC1; the largest error, relative to a tensor's largest value."""
+    inp, weight, bias, dout = rounded(N, C), rounded(4 * C, C), rounded(4 * C), rounded(N, 4 * C)
+    cpu.band_mask(weight[None], bandwidth)
+    given, zeros = (inp, weight, bias, dout), [np.zeros(shape) for shape in ((N, 4 * C), (N, C), (4 * C, C))]
+    results = []
+    for device, put, get in (
+        (cpu, np.copy, np.asarray),
+        (cuda.device(runtime), lambda x: place(runtime, x, 0), runtime.to_host),
+    ):
+        inp, weight, bias, dout = map(put, given)
+        out, dinp, dweight = found = [put(array) for array in zeros]
+        device.band_matmul_forward(out, inp, weight, bias, bandwidth)
+        device.band_matmul_backward(dinp, dweight, bias, dout, inp, weight, bandwidth)
+        results.append([get(array) for array in found])
+    return max(relative(ours, right) for right, ours in zip(*results))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_bands_have_a_trial_of_their_own(tf32, tmp_path, capfd):
+    """Passed, and the kernels are taken; with a part that sums from the first token on, said once and not taken."""
+    kind, most = ("tf32", 1.5e-3) if tf32 else ("3xtf32", 5e-6)
+    runtime = emulated(tf32)
+    assert banded(runtime) <= most and runtime.launched[-3:-1] == [
+        f"band_matmul_dinp_{kind}_kernel", f"band_matmul_dweight_{kind}_kernel",
+    ]  # fmt: skip
+    assert capfd.readouterr().err == ""
+    wrong = "const int first = blockIdx.z * rows", "const int first = 0 * rows"
+    runtime = emulated(tf32, folders=planted(tmp_path, "band_matmul_tensor.cu", wrong))
+    for _ in range(2):
+        runtime.launched.clear()
+        assert banded(runtime) <= most
+    assert not [kernel for kernel in runtime.launched if kind in kernel]
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "are not used, FC1's dweight is off by" in said
 
 
 def test_a_kernel_that_cannot_be_launched_is_not_used(capfd):
