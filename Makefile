@@ -104,8 +104,9 @@ lint: $(VENV)/test-ready  ## ruff
 kernels: $(VENV)/test-ready  ## compile the CUDA kernels for all GPUs, without one: registers, spills, warnings
 	$(PY) -m kernels.cuda.runtime.compile
 
-roofline: setup  ## bounds of every CUDA kernel on three GPUs, written into kernels/cuda/README.md
+roofline: setup  ## bounds of every CUDA kernel on three GPUs, into kernels/cuda/README.md; what an H100 should take, into doc/gpu.md
 	$(PY) -m kernels.cuda.runtime.roofline
+	$(PY) benchmarks/predicted.py
 
 bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed; from which k on sparse attention gathers
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/step_time.py

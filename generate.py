@@ -54,6 +54,7 @@ def arguments() -> cli.ArgumentParser:
     add("--tokenizer", help="tokenizer file (default: the model's, here or beside it)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=cli.flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
+    add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")
     return parser
 
 
@@ -81,12 +82,12 @@ def generate(model, tokens: list[int], count: int, choose: Callable, cache: bool
             text, done = text[-max(1, maxT // 2) :], 0
 
 
-def open_model(path: str, device_name: str, tf32: bool = False):
+def open_model(path: str, device_name: str, tf32: bool = False, graph: str = "auto"):
     """The model of a checkpoint on a device, the GPT2 of the trainer that knows its kind, and its file."""
     file = read_model(path)
     sparse = file.kind == SPARSE_ATTENTION or isinstance(file.config, DeepSeekConfig)
     how = read_sparsity(file, path) if sparse else read_torus(file, path) if file.kind == TOROIDAL else None
-    device = kernels.open_device(device_name, tf32)
+    device = kernels.open_device(device_name, tf32, graph)
     if how is None:
         return train_banded.GPT2(device, file.config, file.params, B=1, T=1), file
     trainer = train_sparse_attn if sparse else train_toroidal
@@ -116,7 +117,7 @@ def print_text(tokens: Iterator[int], tokenizer: Tokenizer | None):
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy, for weights that overflow: reported below, once
     args = arguments().parse(argv)
-    model, file = open_model(args.checkpoint, args.device, args.tf32)
+    model, file = open_model(args.checkpoint, args.device, args.tf32, args.graph)
     config = file.config
     tokenizer = open_tokenizer(args.tokenizer, args.checkpoint, config.V)
     if args.prompt and tokenizer is None:

@@ -22,6 +22,8 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.gpt2.adamw import RATES, adamw_rates
+from kernels.graph import Replay
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
@@ -84,6 +86,7 @@ class GPT2:
         self.place = None if place is None else device.to_device(place)  # where along FC1's band a hidden unit lies
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.acts = self.layers = self.grads_flat = self.m_flat = self.v_flat = self.decoder = None
 
     def layer_shapes(self, B: int, T: int, start: int = 0) -> dict[str, tuple[int, ...]]:
@@ -120,6 +123,8 @@ class GPT2:
         layer = self.layer_shapes(B, T)
         tell_allocated(4 * (L * num_values(layer) + num_values(shapes)), "activations")
         self.layers = [allocate(self.ops, layer) for _ in range(L)]
+        for a in self.layers:
+            a.rows = a.qkv.reshape(N, 3 * C)
         self.acts = allocate(self.ops, shapes)
         self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(N, np.int32)
 
@@ -130,8 +135,10 @@ class GPT2:
         with FC1 if its band lies in another order than the hidden units, which leaves no diagonal to multiply.
         """
         self.mask(self.params)
-        if self.kernel == "band":
-            self.skip_fc1, self.skip_fc2 = 0 if self.band.permute else self.band.fc1, self.band.fc2
+        skips = (0 if self.band.permute else self.band.fc1, self.band.fc2) if self.kernel == "band" else (0, 0)
+        if skips != (self.skip_fc1, self.skip_fc2):
+            self.skip_fc1, self.skip_fc2 = skips
+            self.replay = Replay(self.ops)  # anew: a graph holds the products that it was made of
 
     def mask(self, tensors: SimpleNamespace):
         """Zero what lies outside the bands, of weights or their gradients, where products have not skipped it."""
@@ -145,12 +152,18 @@ class GPT2:
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
-        ops, p, B, T, L = self.ops, self.params, self.B, self.T, self.config.L
-        N = B * T
         if self.acts is None:
             self.allocate_activations()
-        acts = self.acts
-        ops.copy_in(self.inputs, inputs)
+        self.ops.copy_in(self.inputs, inputs)
+        if targets is not None:
+            self.ops.copy_in(self.targets, targets.ravel())
+        self.replay(self.launch_forward, targets is not None, grad_accum)
+        if targets is not None:
+            self.losses = self.ops.to_host_later(self.acts.losses)
+
+    def launch_forward(self, has_targets: bool, grad_accum: int) -> None:
+        """What forward does on the device."""
+        ops, p, acts, L, N = self.ops, self.params, self.acts, self.config.L, self.B * self.T
         ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
         residual = acts.encoded  # (N,C)
         for l in range(L):
@@ -158,17 +171,19 @@ class GPT2:
             residual = self.layers[l].residual3
         ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
         ops.matmul_forward(acts.logits, acts.lnf, p.wte)  # (N,Vp)
-        if targets is not None:
-            ops.copy_in(self.targets, targets.ravel())
+        if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses = ops.to_host_later(acts.losses)
 
-    def layer(self, l: int, a: SimpleNamespace, residual, start: int) -> None:
-        """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it."""
+    def layer(self, l: int, a: SimpleNamespace, residual, start) -> None:
+        """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it.
+
+        a.rows (N,3C): the new rows of a.qkv or, where `start` is an array (1), what is to become them.
+        """
         ops, p, NH = self.ops, self.params, self.config.NH
-        qkv = a.qkv[:, start:]  # the new rows; those before are a decoder's
         ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-        ops.matmul_forward(qkv.reshape(len(a.ln1), -1), a.ln1, p.qkvw[l], p.qkvb[l])
+        ops.matmul_forward(a.rows, a.ln1, p.qkvw[l], p.qkvb[l])
+        if not isinstance(start, int):
+            ops.append_rows(a.qkv, a.rows.reshape(1, *a.rows.shape), start)
         ops.attention_forward(a.atty, a.lse, a.qkv, NH, start)
         ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], p.attprojb[l])
         ops.fused_residual_forward(
@@ -189,20 +204,19 @@ class GPT2:
         tell_allocated(self.params_flat.nbytes, "parameter gradients")
         self.grads_flat, self.grads = flat_buffer(self.ops, self.shapes)
         self.added_to = all_but(WRITTEN, self.grads_flat, self.shapes)
-        shapes = {
-            "residual": (B * T, C),
-            "btc": (B * T, C),
-            "qkv": (B, T, 3 * C),
-            "bt4c": (B * T, 4 * C),
-        }
+        shapes = {"residual": (B * T, C), "btc": (B * T, C), "qkv": (B, T, 3 * C), "bt4c": (B * T, 4 * C)}
         tell_allocated(4 * num_values(shapes), "activation gradients")
         self.dacts = allocate(self.ops, shapes)
 
     def backward(self, first: bool = True) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add."""
-        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         if self.grads_flat is None:
             self.allocate_gradients()
+        self.replay(self.launch_backward, first)
+
+    def launch_backward(self, first: bool) -> None:
+        """What backward does on the device."""
+        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         g, d, beta = self.grads, self.dacts, 0 if first else 1
         if first:
             for grads in self.added_to:
@@ -233,21 +247,28 @@ class GPT2:
         """AdamW update number t = 1, 2, ...; returns the gradient norm if grad_clip > 0, else None."""
         if self.m_flat is None:
             self.allocate_moments()
-        norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
-        scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        decays = weight_decay, weight_decay if decay_all else 0.0  # of the matrices, of all other tensors
+        rates = [adamw_rates(t, lr, beta1, beta2, eps, decay, grad_clip) for decay in decays]
+        self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
+        self.replay(self.launch_update, grad_clip > 0)
+        return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
+
+    def launch_update(self, clips: bool) -> None:
+        """What update does on the device."""
+        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
+        if clips:
+            ops.global_norm(self.norm, self.grads_flat)
         params, grads, m, v = vars(self.params), vars(self.grads), vars(self.m), vars(self.v)
         bands = {"fcw": self.skip_fc1, "fcprojw": self.skip_fc2}
         updates = []  # all at once
         for name in self.shapes:
-            tensors = (params[name], grads[name], m[name], v[name])
-            decay = weight_decay if decay_all or name in MATRICES else 0.0
+            tensors, row = (params[name], grads[name], m[name], v[name]), 0 if name in MATRICES else 1
             if bands.get(name):
-                self.ops.band_adamw_update(*tensors, bands[name], t, lr, beta1, beta2, eps, decay, scale)
+                ops.band_adamw_update(*tensors, bands[name], self.rates[row], self.norm)
             else:
-                updates.append((*tensors, t, lr, beta1, beta2, eps, decay, scale))
-        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
+                updates.append((*tensors, row))
+        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
         self.mask_weights()
-        return norm
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
@@ -255,38 +276,44 @@ class GPT2:
             tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
         self.m_flat, self.m = flat_buffer(self.ops, self.shapes, m)
         self.v_flat, self.v = flat_buffer(self.ops, self.shapes, v)
+        self.rates, self.norm = self.ops.zeros((2, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
 
         Queries, keys and values of all positions are kept, so a token costs its own row of the forward pass only.
         """
-        ops, p, c, n = self.ops, self.params, self.config, len(tokens)
         if self.decoder is None:
-            shapes = {
-                **self.layer_shapes(1, c.maxT),
-                "encoded": (c.maxT, c.C),
-                "qkv": (c.L, 1, c.maxT, 3 * c.C),  # kept: the keys and values of every layer
-                "lnf": (1, c.C),
-                "lnf_mean": (1,),
-                "lnf_rstd": (1,),
-                "logits": (1, c.Vp),
-            }
-            self.decoder = allocate(ops, shapes)
-            self.decoder.tokens = ops.zeros((1, c.maxT), np.int32)
-        d = self.decoder
-        shapes = self.layer_shapes(1, n)
+            self.allocate_decoder()
+        ops, d, n = self.ops, self.decoder, len(tokens)
         ops.copy_in(d.tokens[:, :n], tokens.reshape(1, n))
-        residual = d.encoded[:n]
+        ops.copy_in(d.start, np.array([start], np.int32))
+        if n == 1:
+            self.replay(self.launch_extend, 1, None)  # the position comes from memory: one graph for all
+        else:
+            self.launch_extend(n, start)
+        return ops.to_host(d.logits)[0, : self.config.V]
+
+    def allocate_decoder(self) -> None:
+        """Buffers for a text of all positions: queries, keys and values by layer, all other activations shared."""
+        C, Vp, L, maxT = self.config.C, self.config.Vp, self.config.L, self.config.maxT
+        once = {"encoded": (maxT, C), "rows": (1, 3 * C), "lnf": (1, C), "lnf_mean": (1,), "lnf_rstd": (1,)}
+        once |= {"qkv": (L, 1, maxT, 3 * C), "logits": (1, Vp), "tokens": (1, maxT), "start": (1,)}
+        self.decoder = allocate(self.ops, self.layer_shapes(1, maxT) | once, ("tokens", "start"))
+
+    def launch_extend(self, n: int, start) -> None:
+        """What extend does on the device; start: None for one token, whose position is in self.decoder.start."""
+        ops, p, d = self.ops, self.params, self.decoder
+        start = d.start if start is None else start
+        residual, shapes = d.encoded[:n], self.layer_shapes(1, n)
         ops.encoder_forward(residual, d.tokens[:, :n], p.wte, p.wpe, start)
-        for l in range(c.L):
-            a = first_of(d, shapes)
-            a.qkv = d.qkv[l, :, : start + n]
+        for l in range(self.config.L):
+            a, kept = first_of(d, shapes), d.qkv[l]  # (1,maxT,3C)
+            a.qkv, a.rows = (kept, d.rows) if n == 1 else (kept[:, : start + n], kept[0, start : start + n])
             self.layer(l, a, residual, start)
             residual = a.residual3
         ops.layernorm_forward(d.lnf, d.lnf_mean, d.lnf_rstd, residual[n - 1 :], p.lnfw, p.lnfb)
         ops.matmul_forward(d.logits, d.lnf, p.wte)
-        return ops.to_host(d.logits)[0, : c.V]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,7 +333,7 @@ def main(argv: list[str] | None = None) -> int:
     args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py")
     band = choose_band(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32)
+    device = kernels.open_device(args.device, args.tf32, args.graph)
     run = loop.open_run(args, config, state)
     start, steps = run.start, run.steps
 
@@ -318,15 +345,14 @@ def main(argv: list[str] | None = None) -> int:
     options.print_workload(steps, run.val_batches)
 
     tell_allocated(file.params.nbytes, "model parameters")
-    masked = state or args.mask_init
-    rows = share_rows(device, B, T, config.C, file.params.size) if masked else [B]
-    models = [GPT2(device, config, file.params, b, T, band, args.kernel) for b in rows]
-    model, batch = models[0], Shares(models)
+    rows = share_rows(device, B, T, config.C, file.params.size)
+    batch = Shares([GPT2(device, config, file.params, b, T, band, args.kernel) for b in rows])
+    model = batch.models[0]
     if state:
         model.allocate_moments(state.m, state.v)
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
-    if masked:
-        for each in models:
+    if state or args.mask_init:
+        for each in batch.models:
             each.mask_weights()
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
@@ -341,10 +367,7 @@ def main(argv: list[str] | None = None) -> int:
                     save(args, batch, step, run)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(batch, run.val_loader, run.val_batches)
-                loop.check_finite("val", val_loss, step, args)
-                print(f"val loss {val_loss:f}", flush=True)
-                log.val(step, val_loss)
+                loop.validate(batch, run, step, args, log)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
             if args.checkpoint and step > start and (last_step or due):
                 save(args, batch, step, run)
@@ -364,17 +387,11 @@ def main(argv: list[str] | None = None) -> int:
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
-            device.synchronize()
-            elapsed = time.perf_counter() - started
-            seconds += elapsed
-            loop.print_step(args, device, config, step + 1, steps, loss, lr, norm, elapsed)
+            seconds += loop.print_step(args, device, config, step + 1, steps, loss, started, lr, norm)
             log.train(step, loss)
     log.close()
 
-    if not last_step:
-        loop.print_stopped(args, step, start)
-        return interrupt.exit_code
-    loop.print_finished(args, device, step - start, seconds)
+    loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

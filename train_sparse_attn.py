@@ -27,7 +27,9 @@ from types import SimpleNamespace
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
+from kernels.graph import Replay
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
@@ -37,7 +39,7 @@ from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from llmc.shares import Shares, share_rows
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
-from systems.selection import Agreement, add_report_options, measure, report
+from systems.selection import ROWS, add_report_options, measure, report
 from systems.sparsity import (
     CONTROLLER,
     SCORED,
@@ -51,8 +53,6 @@ from systems.sparsity import (
     is_moe,
     print_sparsity,
 )
-
-ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
 
 # gradients that their product writes in the first micro-step; all others are added to, and start from 0
 WRITTEN = ("qkvw", "attprojw", "fcw", "fcprojw")  # GPT-2
@@ -179,7 +179,7 @@ class Selection(Part):
 
     def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part):
         super().__init__(ops, config, sparsity, params)
-        self.indexer = indexer
+        self.indexer, self.seeds = indexer, ops.zeros(config.L, np.int32)  # of the random selector, by layer
 
     def shapes_of(self, l: int, B: int, T: int, keys: int) -> dict:
         s, shapes = self.sparsity, {}
@@ -198,7 +198,13 @@ class Selection(Part):
             )
         return shapes
 
-    def forward(self, l: int, a, start: int, draw: int, leak: bool):
+    def draw(self, number: int) -> None:
+        """Seed the random selector for its draw of that number."""
+        if self.sparsity.selector == "random":
+            seeds = (self.sparsity.seed + 1000003 * number) % 2**32 + 7919 * np.arange(self.config.L)
+            self.ops.copy_in(self.seeds, seeds.astype(np.uint32).view(np.int32))
+
+    def forward(self, l: int, a, start: int, leak: bool):
         """a.index, a.count of the queries at positions start.., a block of them at a time."""
         ops, s, (B, T) = self.ops, self.sparsity, a.count.shape
         if s.selector == "oracle":
@@ -210,20 +216,20 @@ class Selection(Part):
         else:
             a.keep.fill(s.k[l])
         for first, scores in query_blocks(a.scores, B, start, start + T, ROWS):
-            self.score(l, a, scores, first, start, draw)
+            self.score(l, a, scores, first, start)
             if s.selector == "top-p":
                 ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
             if s.adaptive == "prefix":
                 self.prefix_keep(l, a, scores, first, start)
             ops.select_topk(a.index, a.count, scores, a.keep, first, start, int(s.force_self), int(s.sink), int(leak))
 
-    def score(self, l: int, a, scores, first: int, start: int, draw: int):
+    def score(self, l: int, a, scores, first: int, start: int):
         """scores (B,rows,keys) of the queries at positions first..; of equal scores the most recent key's wins."""
         ops, selector = self.ops, self.sparsity.selector
         if selector == "oracle":
             ops.attention_mean(scores, a.qkv, a.dense_lse, self.config.NH, first, start)
         elif selector == "random":
-            ops.random_scores(scores, (self.sparsity.seed + 1000003 * draw + 7919 * l) % 2**32, first)
+            ops.random_scores(scores, self.seeds[l : l + 1], first)
         elif selector == "recency":
             scores.fill(0)
         elif selector in SCORED:
@@ -256,6 +262,7 @@ class GPT2:
         self.shapes = tensor_shapes(config) | self.extra
         self.own = num_parameters(config)  # values of the model itself, in front
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.always_dense, self.mla = sparsity.attention == "dense", is_mla(config)
         self.tied = "headw" not in self.shapes  # GPT-2's head is wte, a DeepSeek-style model has its own
         self.written = (*WRITTEN, "wte") if self.tied else WRITTEN  # the head's product comes before the encoder's sum
@@ -336,6 +343,7 @@ class GPT2:
             tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
         self.m_flat, self.m = flat_buffer(self.ops, self.shapes, m)
         self.v_flat, self.v = flat_buffer(self.ops, self.shapes, v)
+        self.rates, self.norm = self.ops.zeros((3, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def head(self, views) -> tuple:
         """The output head's weight (Vp,C) and bias (Vp), which GPT-2 lacks, among the parameters or the gradients."""
@@ -346,12 +354,23 @@ class GPT2:
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
-        ops, p, NH, N = self.ops, self.params, self.config.NH, self.B * self.T
-        dense = dense or self.always_dense
+        self.load(inputs, targets, draw)
+        self.replay(self.launch_forward, targets is not None, grad_accum, dense or self.always_dense)
+        if targets is not None:
+            self.losses = self.ops.to_host_later(self.acts.losses)
+
+    def load(self, inputs: np.ndarray, targets: np.ndarray | None, draw: int) -> None:
+        """What launch_forward reads from the host."""
         if self.acts is None:
             self.allocate_activations()
-        acts = self.acts
-        ops.copy_in(self.inputs, inputs)
+        self.ops.copy_in(self.inputs, inputs)
+        if targets is not None:
+            self.ops.copy_in(self.targets, targets.ravel())
+        self.selection.draw(draw)
+
+    def launch_forward(self, has_targets: bool, grad_accum: int, dense: bool) -> None:
+        """What forward does on the device."""
+        ops, p, acts, NH, N = self.ops, self.params, self.acts, self.config.NH, self.B * self.T
         ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
         residual = acts.encoded  # (N,C)
         for l, a in enumerate(self.layers):
@@ -361,7 +380,7 @@ class GPT2:
                 ops.attention_forward(a.atty, a.lse, a.qkv, NH)
             else:
                 self.indexer.forward(l, a)
-                self.selection.forward(l, a, 0, draw, self.sparsity.leak)
+                self.selection.forward(l, a, 0, self.sparsity.leak)
                 ops.sparse_attention_forward(a.atty, a.lse, a.qkv, a.index, a.count, NH)
             ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
             ops.fused_residual_forward(
@@ -373,10 +392,8 @@ class GPT2:
         ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
         headw, headb = self.head(p)
         ops.matmul_forward(acts.logits, acts.lnf, headw, headb)  # (N,Vp)
-        if targets is not None:
-            ops.copy_in(self.targets, targets.ravel())
+        if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses = ops.to_host_later(acts.losses)
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
@@ -392,10 +409,15 @@ class GPT2:
         model: those of the language-model loss, at the model's own parameters; indexer: those of the indexer's KL.
         dense, grad_accum: as in that forward.
         """
-        ops, p, L, NH, N = self.ops, self.params, self.config.L, self.config.NH, self.B * self.T
-        dense = dense or self.always_dense
         if self.grads_flat is None:
             self.allocate_gradients()
+        self.replay(self.launch_backward, first, model, indexer, dense or self.always_dense, grad_accum)
+        if indexer:
+            self.divergences = [self.ops.to_host_later(a.kl) for a in self.layers]
+
+    def launch_backward(self, first: bool, model: bool, indexer: bool, dense: bool, grad_accum: int) -> None:
+        """What backward does on the device."""
+        ops, p, L, NH, N = self.ops, self.params, self.config.L, self.config.NH, self.B * self.T
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
             for grads in self.added_to:
@@ -406,7 +428,6 @@ class GPT2:
                     self.indexer.forward(l, self.layers[l])
                 self.divergence(l, dense, learn=True, scale=1 / (N * grad_accum))
                 self.indexer.backward(l, self.layers[l], d, g, beta)
-            self.divergences = [ops.to_host_later(a.kl) for a in self.layers]
         if not model:
             return
         d.residual.fill(0)  # (N,C)
@@ -475,51 +496,31 @@ class GPT2:
 
         Returns the norm of the model's gradient if grad_clip > 0, else None; it limits the model's alone.
         """
-        ops, dense = self.ops, dense or self.always_dense
         if self.m is None:
             self.allocate_moments()
-        norm = ops.global_norm(self.grads_flat[: self.own]) if grad_clip and t else None
-        clip = grad_clip / norm if norm is not None and norm > grad_clip else 1.0
+        groups = (t, lr, weight_decay, grad_clip), (t, lr, weight_decay if decay_all else 0.0, grad_clip)
+        groups += ((indexer_t, indexer_lr, 0.0, 0.0),)  # the matrices, all else of the model, the indexer
+        rates = [adamw_rates(max(t, 1), lr, 0.9, beta2, 1e-8, decay, clip) for t, lr, decay, clip in groups]
+        self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
+        clips = bool(grad_clip and t)
+        self.replay(self.launch_update, t > 0, indexer_t > 0, dense or self.always_dense, clips)
+        return float(self.ops.to_host(self.norm)[0]) if clips else None
+
+    def launch_update(self, model: bool, indexer: bool, dense: bool, clips: bool) -> None:
+        """What update does on the device."""
+        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
+        if clips:
+            ops.global_norm(self.norm, self.grads_flat[: self.own])
         grads, ms, vs = vars(self.grads), vars(self.m), vars(self.v)
         updates = []  # all at once
         for name, param in vars(self.params).items():
             if name not in self.extra:
-                decay = weight_decay if decay_all or name in MATRICES else 0.0
-                step, rate, scale = t, lr, clip
+                row, learns = 0 if name in MATRICES else 1, model
             else:  # --adaptive prefix learns from dense attention alone, the upstream controller never
-                learns = dense if name in CONTROLLER else name != "controller"
-                step, rate, scale, decay = indexer_t if learns else 0, indexer_lr, 1.0, 0.0
-            if step:
-                updates.append((param, grads[name], ms[name], vs[name], step, rate, 0.9, beta2, 1e-8, decay, scale))
-        ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
-        return norm
-
-    def measure(self, inputs: np.ndarray, dense: bool = False) -> tuple[list[float], list[Agreement], float]:
-        """For a batch: each layer's KL, what its selection has of dense attention; the indexer's share of the time."""
-        ops, NH, began = self.ops, self.config.NH, time.perf_counter()
-        dense = dense or self.always_dense
-        self.forward(inputs, dense=dense)
-        ops.synchronize()
-        whole, chosen, divergences, agreements = time.perf_counter() - began, 0.0, [], []
-        for l, a in enumerate(self.layers):
-            began = time.perf_counter()
-            self.indexer.forward(l, a)
-            self.selection.forward(l, a, 0, 0, self.sparsity.leak)
-            ops.synchronize()
-            chosen += time.perf_counter() - began
-            if self.sparsity.indexer != "none":
-                self.divergence(l, dense)
-                divergences.append(float(ops.to_host(a.kl).mean()))
-            if not dense:
-                ops.attention_forward(a.btc, a.dense_lse, a.qkv, NH)
-            top, count, agreement = ops.zeros(a.index.shape, np.int32), ops.zeros(a.count.shape, np.int32), Agreement()
-            for first, p in query_blocks(a.p, self.B, 0, self.T, ROWS):
-                ops.attention_mean(p, a.qkv, a.lse if dense else a.dense_lse, NH, first)
-                ops.select_topk(top, count, p, a.count, first, 0, 0)
-                rows = slice(first, first + p.shape[1])
-                agreement.add(ops.to_host(a.index)[:, rows], ops.to_host(top)[:, rows], ops.to_host(p), first)
-            agreements.append(agreement)
-        return divergences, agreements, chosen / (whole + chosen if dense else whole)
+                row, learns = 2, indexer and (dense if name in CONTROLLER else name != "controller")
+            if learns:
+                updates.append((param, grads[name], ms[name], vs[name], row))
+        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
 
     def extend(self, tokens: np.ndarray, start: int, dense: bool = False) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
@@ -534,6 +535,7 @@ class GPT2:
                 logits = self.extend(tokens[i : i + 1], start + i)
             return logits
         decoder = self.decoder
+        self.selection.draw(0)
         ops.copy_in(decoder.tokens[:, :n], tokens.reshape(1, n))
         residual = decoder.encoded[:n]  # (n,C)
         ops.encoder_forward(residual, decoder.tokens[:, :n], p.wte, p.wpe, start)
@@ -543,7 +545,7 @@ class GPT2:
             self.decoding.forward(l, a, start)
             if not dense:
                 self.indexer.forward(l, a, start)
-                self.selection.forward(l, a, start, 0, leak=False)  # there are no future keys
+                self.selection.forward(l, a, start, leak=False)  # there are no future keys
             self.decoding.attend(l, a, start, dense)
             ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
             ops.fused_residual_forward(
@@ -611,7 +613,7 @@ def main(argv: list[str] | None = None) -> int:
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32)
+    device = kernels.open_device(args.device, args.tf32, args.graph)
     run = loop.open_run(args, config, state)
     start, steps, warmup = run.start, run.steps, args.indexer_warmup
 
@@ -649,10 +651,7 @@ def main(argv: list[str] | None = None) -> int:
             if step == warmup > 0:
                 print(f"indexer warmed up: from step {step + 1} attention is sparse and both learn", flush=True)
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0) or step == warmup > 0:
-                val_loss = loop.evaluate(batch, run.val_loader, run.val_batches, dense=warming_up)
-                loop.check_finite("val", val_loss, step, args)
-                print(f"val loss {val_loss:f}", flush=True)
-                log.val(step, val_loss)
+                loop.validate(batch, run, step, args, log, dense=warming_up)
                 if sparsity.attention == "sparse" or args.answers_after:
                     report(batch, run.val_loader, run.val_batches, args, log, step, warming_up)
             due = args.checkpoint_every and step % args.checkpoint_every == 0
@@ -682,17 +681,11 @@ def main(argv: list[str] | None = None) -> int:
             indexer_lr = learning_rate(args.lr_schedule, at, lr=indexer_lr, steps=length, **schedule)
             model_t, indexer_t = 0 if warming_up else step + 1 - warmup, step + 1 if learns else 0
             norm = model.update(model_t, lr, indexer_t, indexer_lr, dense=warming_up, **adamw)
-            device.synchronize()
-            elapsed = time.perf_counter() - started
-            seconds += elapsed
-            loop.print_step(args, device, config, step + 1, steps, loss, lr, norm, elapsed)
+            seconds += loop.print_step(args, device, config, step + 1, steps, loss, started, lr, norm)
             log.train(step, loss)
     log.close()
 
-    if not last_step:
-        loop.print_stopped(args, step, start)
-        return interrupt.exit_code
-    loop.print_finished(args, device, step - start, seconds)
+    loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

@@ -31,18 +31,18 @@ from typing import Any, NamedTuple
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
+from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.cpu.torus.fusion_matrix import FUSIONS
 from kernels.cpu.torus.torus_rope import torus_frequencies
+from kernels.graph import Replay
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
-from llmc.errors import UserError
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from llmc.shares import Shares, share_rows
-from llmc.state import TrainState
 from systems.torus import (
     ATTENTION,
     Torus,
@@ -120,6 +120,7 @@ class GPT2:
         self.trained = trained_shapes(config, torus, learns)
         self.num_trained = num_values(self.trained)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.fusion, self.has_factors = FUSIONS.index(torus.fusion), factor_shape(torus) is not None
         self.omega = device.zeros((len(torus.layers), torus.depth, torus.depth))  # mix the platters of a layer
         self.causal, self.wrap_depth = int(torus.causal), int(torus.wrap_depth)  # ints, for the ops
@@ -196,21 +197,26 @@ class GPT2:
 
         With targets, the logits are overwritten by the gradient of loss / grad_accum, which backward starts from.
         """
-        ops, p, L, N = self.ops, self.params, self.config.L, self.B * self.T
         if self.acts is None:
             self.allocate_activations()
-        acts = self.acts
-        ops.copy_in(self.inputs, inputs)
+        self.ops.copy_in(self.inputs, inputs)
+        if targets is not None:
+            self.ops.copy_in(self.targets, targets.ravel())
+        self.replay(self.launch_forward, targets is not None, grad_accum)
+        if targets is not None:
+            self.losses = self.ops.to_host_later(self.acts.losses)
+
+    def launch_forward(self, has_targets: bool, grad_accum: int) -> None:
+        """What forward does on the device."""
+        ops, p, acts, L, N = self.ops, self.params, self.acts, self.config.L, self.B * self.T
         ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
         self._fusion_matrices()
         for l in range(L):
             self.layer(l, self.layers[l], acts.residual3[l], self._residual(l), self.ring, 0)
         ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, self._residual(L), p.lnfw, p.lnfb)
         ops.matmul_forward(acts.logits, acts.lnf, p.wte)  # (N,Vp)
-        if targets is not None:
-            ops.copy_in(self.targets, targets.ravel())
+        if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
-            self.losses = ops.to_host_later(acts.losses)
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
@@ -285,9 +291,13 @@ class GPT2:
 
         Nothing is computed below the lowest layer that learns.
         """
-        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         if self.grads_flat is None:
             self.allocate_gradients()
+        self.replay(self.launch_backward, first)
+
+    def launch_backward(self, first: bool) -> None:
+        """What backward does on the device."""
+        ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         g, d, beta = self.dparams, self.dacts, 0 if first else 1
         if first:
             for grads in self.added_to:
@@ -344,19 +354,26 @@ class GPT2:
         """AdamW update number t = 1, 2, ... of what learns; returns the gradient norm if grad_clip > 0, else None."""
         if self.m_flat is None:
             self.allocate_moments()
-        norm = self.ops.global_norm(self.grads_flat) if grad_clip else None
-        scale = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        decays = weight_decay, weight_decay if decay_all else 0.0  # of the matrices, of all other tensors
+        rates = [adamw_rates(t, lr, beta1, beta2, eps, decay, grad_clip) for decay in decays]
+        self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
+        self.replay(self.launch_update, grad_clip > 0)
+        return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
+
+    def launch_update(self, clips: bool) -> None:
+        """What update does on the device."""
+        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
+        if clips:
+            ops.global_norm(self.norm, self.grads_flat)
         updates = []  # all at once
         for name in self.trained:
             p, g, m, v = vars(self.params)[name], vars(self.grads)[name], vars(self.m)[name], vars(self.v)[name]
-            decay = weight_decay if decay_all or name in MATRICES else 0.0
+            row = 0 if name in MATRICES else 1
             if self.learns is None or name not in ATTENTION:
-                updates.append((p, g, m, v, t, lr, beta1, beta2, eps, decay, scale))
+                updates.append((p, g, m, v, row))
             else:
-                for i, l in enumerate(self.learns):
-                    updates.append((p[l], g[i], m[i], v[i], t, lr, beta1, beta2, eps, decay, scale))
-        self.ops.adamw_update_all(self.params_flat, self.grads_flat, self.m_flat, self.v_flat, updates)
-        return norm
+                updates += [(p[l], g[i], m[i], v[i], row) for i, l in enumerate(self.learns)]
+        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: zeros, or a checkpoint's, which keeps them for all parameters."""
@@ -364,6 +381,7 @@ class GPT2:
             tell_allocated(4 * self.num_trained, f"AdamW optimizer state {name}")
         self.m_flat, self.m = flat_buffer(self.ops, self.trained, None if m is None else self._of_what_learns(m))
         self.v_flat, self.v = flat_buffer(self.ops, self.trained, None if v is None else self._of_what_learns(v))
+        self.rates, self.norm = self.ops.zeros((2, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """m and v of all parameters on the host, 0 for what does not learn."""
@@ -426,19 +444,6 @@ class GPT2:
 # the loop
 
 
-def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
-    """The lowest validation loss of the run that goes on, and its validations since: None, 0 for a new run.
-
-    Raises UserError for a state file in which they are no such numbers.
-    """
-    extra = state.extra if state else {}
-    best, worse = extra.get("best_loss"), extra.get("worse", 0)
-    if not isinstance(worse, int) or worse < 0 or not isinstance(best, float | int | None) or not (best or 0) >= 0:
-        found = f"{worse!r} validations since the best loss {best!r}, expected numbers, 0 or more"
-        raise UserError(f"{args.resume}: {found}", f"start anew from its weights: -e {args.resume}")
-    return best, worse
-
-
 def save(args: Namespace, batch: Shares, step: int, run: loop.Run, extra: dict) -> None:
     """Write the checkpoint, replaced layers in its header, and the optimizer state for a run that goes on at `step`."""
     model = batch.models[0]
@@ -466,8 +471,8 @@ def main(argv: list[str] | None = None) -> int:
             (args.train != earlier, found, anew),
         )
     )
-    best, worse = best_so_far(args, state)  # worse: validations since the best
-    device = kernels.open_device(args.device, args.tf32)
+    best, worse = loop.best_so_far(args, state)  # worse: validations since the best
+    device = kernels.open_device(args.device, args.tf32, args.graph)
     run = loop.open_run(args, config, state, args.epochs)
     start, steps = run.start, run.steps
 
@@ -503,10 +508,8 @@ def main(argv: list[str] | None = None) -> int:
                     save(args, batch, step, run, extra)
                 break
             if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.evaluate(batch, run.val_loader, run.val_batches)
-                loop.check_finite("val", val_loss, step, args)
-                print(f"val loss {val_loss:f}\nperplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
-                log.val(step, val_loss)
+                val_loss = loop.validate(batch, run, step, args, log)
+                print(f"perplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 best, worse = (val_loss, 0) if best is None or val_loss < best else (best, worse + 1)
                 if args.patience and worse >= args.patience and not last_step:
                     print(f"early stop after {step} steps: {worse} validations without one below {best:f}")
@@ -532,18 +535,13 @@ def main(argv: list[str] | None = None) -> int:
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             norm = model.update(step + 1, lr, **adamw)
-            device.synchronize()
-            elapsed = time.perf_counter() - started
-            seconds += elapsed
-            loop.print_step(args, device, config, step + 1, steps, loss, lr, norm, elapsed)
+            seconds += loop.print_step(args, device, config, step + 1, steps, loss, started, lr, norm)
             log.train(step, loss)
     log.close()
 
-    if not last_step:
-        loop.print_stopped(args, step, start)
-        return interrupt.exit_code
-    print(f"memory: {device.memory_used() >> 20} MiB")
-    loop.print_finished(args, device, step - start, seconds)
+    if last_step:
+        print(f"memory: {device.memory_used() >> 20} MiB")
+    loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

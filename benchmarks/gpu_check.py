@@ -70,12 +70,18 @@ class Checks:
             "losses are llm.c's": self.golden,
             "the same run gives the same file": self.same_file,
             "a stop and --resume change no bit": self.resumed,
+            "CUDA graphs change no bit": self.graphs,
             "losses are the CPU's": self.as_on_cpu,
             "losses in TF32 are float32's": self.tf32,
             "memcheck of two steps": lambda: self.sanitized("memcheck"),
             "racecheck of two steps": lambda: self.sanitized("racecheck"),
         }
-        of_the_gpu = ("pytest -m gpu", "memcheck of two steps", "racecheck of two steps")
+        of_the_gpu = (
+            "pytest -m gpu",
+            "CUDA graphs change no bit",
+            "memcheck of two steps",
+            "racecheck of two steps",
+        )
         return {name: check for name, check in checks.items() if self.device == "cuda" or name not in of_the_gpu}
 
     def call(self, name: str, command: list, cwd: Path | None = None) -> str:
@@ -166,6 +172,18 @@ class Checks:
             self.train(f"{name}_rest", "--resume", half, "-n", self.steps, trainer=name)
             self.compare(f"{name}_one.bin", half)
             return f"{name} {self.steps // 2}+{self.steps // 2}"
+
+        return self.each(one)
+
+    def graphs(self) -> str:
+        """Two micro-steps a step and clipped gradients, launched one by one and by graphs."""
+
+        def one(name: str) -> str:
+            for run_name, flag in (("eager", 0), ("graphs", 1)):
+                flags = ["-n", self.steps, "--grad-accum", 2, "--grad-clip", 1, "--graph", flag]
+                self.train(f"{name}_{run_name}", *flags, "-c", f"{name}_{run_name}.bin", trainer=name)
+            self.compare(f"{name}_eager.bin", f"{name}_graphs.bin")
+            return name
 
         return self.each(one)
 

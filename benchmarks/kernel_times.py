@@ -21,16 +21,21 @@ PAUSE = """extern "C" __global__ void pause_kernel(long long cycles) {
 """
 CYCLES = 60_000_000  # some 35 ms: what a step's launches take the host
 PRODUCTS = "cuBLAS"
-# GB/s and float32 TFLOP/s: the roofline's, and the H200's from its data sheet
+# GB/s, float32 and TF32 TFLOP/s: the roofline's, and the H200's from its data sheet
 RATES = {
     "NVIDIA A100-SXM4-80GB": roofline.GPUS["A100"],
     "NVIDIA H100 80GB HBM3": roofline.GPUS["H100"],
     "NVIDIA GeForce RTX 4090": roofline.GPUS["RTX 4090"],
-    "NVIDIA H200": (4800, 67.0),
+    "NVIDIA H200": (4800, *roofline.GPUS["H100"][1:]),
 }
-# calls a step of kernels that a dense GPT-2 has none of; all others are called once a layer
-CALLS = {"band_matmul_forward_kernel": "2*L", "band_matmul_dinp_kernel": "2*L", "band_matmul_dweight_kernel": "2*L"}
-CALLS |= {"band_adamw_kernel": "2", "band_mask_kernel": "2"}
+# the (M, N, K, beta) of our own dense products, from their kernels' arguments
+OWN_PRODUCTS = {
+    "matmul_forward_3xtf32_kernel": lambda out, inp, weight, bias, has_bias, N, C, OC: (N, OC, C, 0),
+    "matmul_dinp_3xtf32_kernel": lambda dinp, dout, weight, N, C, OC: (N, C, OC, 0),
+    "matmul_dweight_3xtf32_kernel": lambda dweight, parts, dout, inp, N, C, OC, rows, beta: (OC, C, N, beta),
+}
+# calls a step of kernels that a dense GPT-2 has none of, band_matmul's two a layer; all others are called once a layer
+CALLS = {"band_adamw_kernel": "2", "band_mask_kernel": "2"}
 
 
 class Spent(NamedTuple):
@@ -53,8 +58,9 @@ class Stopwatch:
     def __enter__(self):
         launch, gemm = self.runtime.launch, self.runtime.gemm
 
-        def timed_launch(kernel, *args, **options):
-            return self.between(kernel, None, lambda: launch(kernel, *args, **options))
+        def timed_launch(kernel, grid, block, args, **options):
+            shape = OWN_PRODUCTS[kernel](*args) if kernel in OWN_PRODUCTS else None
+            return self.between(kernel, shape, lambda: launch(kernel, grid, block, args, **options))
 
         def timed_gemm(out, a, b, transa=False, transb=False, beta=0.0, **more):
             M, N = out.shape
@@ -83,7 +89,7 @@ class Stopwatch:
             shapes[name].append(shape)
         names = sorted(ms, key=ms.get, reverse=True)
         once = {name: shapes[name][: len(shapes[name]) // steps] for name in names}
-        return {name: Spent(ms[name], len(once[name]), tuple(once[name]) if name == PRODUCTS else ()) for name in names}
+        return {name: Spent(ms[name], len(once[name]), tuple(filter(None, once[name]))) for name in names}
 
 
 def measure(runtime, step: Callable, steps: int = 5) -> dict[str, Spent]:
@@ -124,15 +130,16 @@ def bound(kernel: str, spent: Spent, names: dict, card: str, tf32: bool) -> floa
     if card not in RATES:
         return None
     gigabytes, teraflops, tensor = RATES[card]
-    if kernel == PRODUCTS:
-        peak = promised(card, tf32)
+    if kernel == PRODUCTS or kernel in OWN_PRODUCTS:
+        peak = promised(card, tf32) if kernel == PRODUCTS else 1e12 * tensor / 3
         work = [(4 * (M * K + K * N + M * N * (2 if beta else 1)), 2 * M * N * K) for M, N, K, beta in spent.shapes]
         return sum(1e3 * max(nbytes / (1e9 * gigabytes), flop / peak) for nbytes, flop in work)
     kernel = kernel.replace("_128_", "_64_").replace("_wide_", "_").replace("_placed_", "_")
     total = 0.0
     for row in roofline.ROWS_OF_TABLE:
         if row.kernel.partition(" ")[0] == kernel:
-            text = CALLS.get(kernel, "L") if row.calls == "0" else row.calls
+            often = "2*L" if kernel.startswith("band_matmul") else CALLS.get(kernel, "L")
+            text = often if row.calls == "0" else row.calls
             must, flop, calls = (eval(each, {"__builtins__": {}}, names) for each in (row.must, row.flop, text))
             rate = tensor / row.tensor if row.tensor else teraflops
             total += calls * max(4e-6 * must / gigabytes, 1e-9 * flop / rate)

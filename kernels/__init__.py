@@ -16,21 +16,25 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 from kernels.device import Device  # NumPy comes with it
 
 
-def open_device(name: str = "auto", tf32: bool = False) -> Device:
+def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto") -> Device:
     """The device "cpu" or "cuda"; "auto" is the GPU if there is one that works, else the CPU.
 
-    tf32: the GPU may round the operands of matrix products to TF32. Raises UserError if "cuda" cannot be had. Tells on
-    stderr why "auto" is the CPU, though not on a machine without an NVIDIA driver, and if tf32 has no effect.
+    tf32: the GPU may round the operands of matrix products to TF32. graph: whether a model's calls become CUDA graphs
+    (kernels/graph.py): "auto" where they can, "1" or it is an error, "0" never. Raises UserError if "cuda" cannot be
+    had, or graphs. Tells on stderr why "auto" is the CPU, though not on a machine without an NVIDIA driver, and if tf32
+    has no effect.
     """
     from kernels import cpu
 
-    device = cpu if name == "cpu" else _open_cuda(tf32, name == "cuda") or cpu
+    device = cpu if name == "cpu" else _open_cuda(tf32, graph, name == "cuda") or cpu
     if tf32 and not device.tf32:
         print(f"--tf32 1 has no effect: no TF32 on {device.describe()}", file=sys.stderr)
+    if graph == "1" and device is cpu:
+        raise UserError(f"--graph 1: there are no CUDA graphs on {device.describe()}", "--graph auto, or a GPU")
     return device
 
 
-def _open_cuda(tf32: bool, needed: bool) -> Device | None:
+def _open_cuda(tf32: bool, graph: str, needed: bool) -> Device | None:
     """The GPU, or None. Raises UserError if it is `needed`."""
     from kernels.driver import NoDevice, NoDriver, check_driver
 
@@ -39,7 +43,7 @@ def _open_cuda(tf32: bool, needed: bool) -> Device | None:
         from kernels.cuda import device
         from kernels.cuda.runtime.runtime import Runtime
 
-        return device(Runtime(tf32))
+        return device(Runtime(tf32), graph)
     except NoDevice as reason:
         if needed:
             hint = 'pip install "cupy-cuda12x[ctk]" on a machine with an NVIDIA GPU, or --device cpu'

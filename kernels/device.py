@@ -27,6 +27,7 @@ class Device(Protocol):
     # the device and its memory
 
     tf32: bool  # whether products round their operands to TF32
+    graph: str  # whether kernels.graph captures: "auto", "0" or "1"
 
     def describe(self) -> str:
         """The device's name in the parameter table."""
@@ -58,8 +59,14 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Wait until the device has done all it was told to."""
 
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A function that does what work() tells the device to do; now nothing of it is done."""
+
     # ------------------------------------------------------------------------------------------------------------------
     # gpt2
+
+    def append_rows(self, cache, rows, start):
+        """Rows start.. of a decoder's cache (B,T,C) = rows (B,n,C); start, as below, a number or an array (1) int32."""
 
     def encoder_forward(self, out, inp, wte, wpe, start=0):
         """out (N,C) from token ids inp (B,Tq), wte (Vp,C), wpe (maxT,C)."""
@@ -83,7 +90,7 @@ class Device(Protocol):
         """dinp (N,C), dweight (OC,C) = beta * dweight + .., dbias (OC) += from dout (N,OC); None is not wanted."""
 
     def attention_forward(self, out, lse, qkv, NH, start=0):
-        """out (B*Tq,C), lse (B,NH,Tq) from qkv (B,T,3C)."""
+        """out (B*Tq,C), lse (B,NH,Tq) from qkv (B,T,3C); with an array `start`, qkv may have more rows than tokens."""
 
     def attention_backward(self, dqkv, dout, qkv, out, lse, NH):
         """dqkv (B,T,3C) from dout, out (N,C), qkv (B,T,3C), lse (B,NH,T)."""
@@ -103,14 +110,14 @@ class Device(Protocol):
     def column_sum(self, out, inp):
         """out (C) += the sums over the rows of inp (N,C)."""
 
-    def global_norm(self, grads) -> float:
-        """The Euclidean norm of a flat array, as a number of the host."""
+    def global_norm(self, norm, grads):
+        """norm (1): the Euclidean norm of a flat array."""
 
-    def adamw_update(self, params, grads, m, v, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
-        """Update number t = 1, 2, ... of params, m, v, of one shape."""
+    def adamw_update(self, params, grads, m, v, rates, norm):
+        """Update params, m, v, of one shape, by rates (6) of adamw_rates and the gradient's norm (1)."""
 
-    def adamw_update_all(self, params, grads, m, v, updates):
-        """adamw_update(*update) for each of `updates`, whose arrays are views of these flat buffers."""
+    def adamw_update_all(self, params, grads, m, v, updates, rates, norm):
+        """adamw_update for each of `updates`, (views of these flat buffers, row of rates (groups,6))."""
 
     # ------------------------------------------------------------------------------------------------------------------
     # band
@@ -124,7 +131,7 @@ class Device(Protocol):
     def band_matmul_backward(self, dinp, dweight, dbias, dout, inp, weight, bandwidth, beta=0):
         """matmul_backward, dweight inside the band alone."""
 
-    def band_adamw_update(self, params, grads, m, v, bandwidth, t, lr, beta1, beta2, eps, weight_decay, grad_scale=1.0):
+    def band_adamw_update(self, params, grads, m, v, bandwidth, rates, norm):
         """adamw_update of banded weights (L,OC,C), inside the band alone."""
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ class Device(Protocol):
         """dq, dk, dw, like q, k, w, from dscores (B,T,K)."""
 
     def random_scores(self, scores, seed, first):
-        """scores (B,R,S) in [0,1) from the seed and the place, -inf for the future."""
+        """scores (B,R,S) in [0,1) from seed (1) int32 and the place, -inf for the future."""
 
     def select_topk(self, index, count, scores, keep, first, start=0, force_self=1, sink=0, leak=0):
         """index (B,Tq,K), count (B,Tq): the keys of the keep (B,Tq) highest scores (B,R,S), ascending, then -1."""

@@ -7,6 +7,7 @@ several phases, the phase is a further argument, which is passed on.
 import math
 import os
 import sys
+import time
 from argparse import Namespace
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
+from llmc.logger import Logger
 from llmc.mfu import card_name, described
 from llmc.options import command, saved_options
 from llmc.resume import save_checkpoint
@@ -70,6 +72,19 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
     return Run(train_loader, val_loader, tokenizer, end_of_text(tokenizer, V), sampler, start, steps, val_batches)
 
 
+def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
+    """The lowest validation loss of the run that goes on, and its validations since: None, 0 for a new run.
+
+    Raises UserError for a state file in which they are no such numbers.
+    """
+    extra = state.extra if state else {}
+    best, worse = extra.get("best_loss"), extra.get("worse", 0)
+    if not isinstance(worse, int) or worse < 0 or not isinstance(best, float | int | None) or not (best or 0) >= 0:
+        found = f"{worse!r} validations since the best loss {best!r}, expected numbers, 0 or more"
+        raise UserError(f"{args.resume}: {found}", f"start anew from its weights: -e {args.resume}")
+    return best, worse
+
+
 def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
     """Mean loss over the first `batches` of the validation data; phase: further arguments of model.forward."""
     loader.reset()
@@ -78,6 +93,15 @@ def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
         model.forward(*loader.next_batch(), **phase)
         total += model.mean_loss()
     return total / batches
+
+
+def validate(model, run: Run, step: int, args: Namespace, log: Logger, **phase) -> float:
+    """The validation loss at `step`, printed and logged. Raises UserError if it is not finite."""
+    loss = evaluate(model, run.val_loader, run.val_batches, **phase)
+    check_finite("val", loss, step, args)
+    print(f"val loss {loss:f}", flush=True)
+    log.val(step, loss)
+    return loss
 
 
 def check_finite(name: str, loss: float, step: int, args: Namespace) -> None:
@@ -128,33 +152,33 @@ def save(
 
 
 def print_step(
-    args: Namespace, device, config: GPT2Config, step: int, steps: int, loss: float, lr: float, norm, seconds: float
-) -> None:
-    """The line of step 1, 2, .. `steps`, which took so many seconds; with --mfu 1 and --grad-clip one more each.
+    args: Namespace, device, config: GPT2Config, step: int, steps: int, loss: float, started: float, lr, norm
+) -> float:
+    """The line of a step that began at `started`, once it is done; returns the seconds that it took.
 
-    norm: the gradient's, or None.
+    With --mfu 1 one line behind it, and one where a gradient has a norm.
     """
-    T = args.seq_len
-    tokens = args.batch_size * T * args.grad_accum
+    device.synchronize()
+    seconds = time.perf_counter() - started
+    tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
     rate = int(tokens / seconds)
     print(f"step {step:4d}/{steps}: train loss {loss:f} ({seconds * 1000:f} ms, {rate} tok/s)", flush=True)
     if args.mfu:
         print(described(card_name(device.describe()), device.tf32, config, tokens, T, seconds), flush=True)
     if norm is not None:
         print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
+    return seconds
 
 
-def print_stopped(args: Namespace, step: int, start: int) -> None:
-    """The last line of a run from step `start` that a signal ended after `step`: what was saved, how to go on."""
-    how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
-    if args.checkpoint and (step > start or args.checkpoint == args.resume):
-        how = f"go on with: {command(args.trainer, '--resume', args.checkpoint)}"
-    print(f"stopped after {step} steps; {how}")
-
-
-def print_finished(args: Namespace, device, steps: int, seconds: float) -> None:
-    """The last lines of a run of `steps` steps in so many seconds."""
-    print(f"total average iteration time: {seconds / max(1, steps) * 1000:f} ms")
+def print_end(args: Namespace, device, start: int, step: int, finished: bool, seconds: float) -> None:
+    """The last lines of a run from step `start` to `step`, so many seconds of steps; or what a signal left of it."""
+    if not finished:
+        how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
+        if args.checkpoint and (step > start or args.checkpoint == args.resume):
+            how = f"go on with: {command(args.trainer, '--resume', args.checkpoint)}"
+        print(f"stopped after {step} steps; {how}")
+        return
+    print(f"total average iteration time: {seconds / max(1, step - start) * 1000:f} ms")
     print(f"device: {device.describe()}")
-    if args.checkpoint and steps:
+    if args.checkpoint and step > start:
         print(f"text from it: {command('generate.py', '-e', args.checkpoint)}")

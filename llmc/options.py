@@ -31,7 +31,7 @@ from llmc.state import TrainState
 from llmc.tokenizer import BYTE_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SAVED = ("model", "checkpoint", "resume", "overwrite")  # the command line of a resumed run says these
+NOT_SAVED = ("model", "checkpoint", "resume", "overwrite", "graph")  # the command line of a resumed run says these
 PATTERNS = ("train_data", "val_data")
 FILES = (*PATTERNS, "log", "tokenizer")
 CLONE = "{clone}"  # stands for the folder of this program in the names that a checkpoint keeps
@@ -60,6 +60,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
+    add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")
     add("--mfu", type=flag01, default=False, help="1: a line behind each step, how much of the GPU's promise it used")
     add = parser.add_argument_group("optimization").add_argument
     add("-l", "--lr", type=positive_float, default=3e-4, help="learning rate")

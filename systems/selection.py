@@ -1,19 +1,23 @@
 """What a selection of keys has of dense attention, and of answers: the figures that a validation prints.
 
-A model here is train_sparse_attn.GPT2: measure(inputs, dense), forward(inputs, dense=...), and what it keeps of each
-layer; dense is whether it attends to all keys in this phase.
+A model here is train_sparse_attn.GPT2, its parts and what it keeps of each layer; dense is whether it attends to all
+keys in this phase.
 """
 
+import time
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import astuple, dataclass
 
 import numpy as np
 
+from llmc.buffers import query_blocks
 from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
 from llmc.shares import Shares
+
+ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
 
 
 def ids(text: str) -> str:
@@ -100,9 +104,38 @@ def hits(index: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
     return float((index == wanted[..., None]).any(-1)[mask].mean()) if mask.any() else float("nan")
 
 
+def measure_rows(model, inputs: np.ndarray, dense: bool = False) -> tuple[list[float], list[Agreement], float]:
+    """As measure, for a model's rows."""
+    ops, NH, dense = model.ops, model.config.NH, dense or model.always_dense
+    model.load(inputs, None, 0)
+    began = time.perf_counter()
+    model.launch_forward(False, 1, dense)  # not as a graph: what is compared with it below is none
+    ops.synchronize()
+    whole, chosen, divergences, agreements = time.perf_counter() - began, 0.0, [], []
+    for l, a in enumerate(model.layers):
+        began = time.perf_counter()
+        model.indexer.forward(l, a)
+        model.selection.forward(l, a, 0, model.sparsity.leak)
+        ops.synchronize()
+        chosen += time.perf_counter() - began
+        if model.sparsity.indexer != "none":
+            model.divergence(l, dense)
+            divergences.append(float(ops.to_host(a.kl).mean()))
+        if not dense:
+            ops.attention_forward(a.btc, a.dense_lse, a.qkv, NH)
+        top, count, agreement = ops.zeros(a.index.shape, np.int32), ops.zeros(a.count.shape, np.int32), Agreement()
+        for first, p in query_blocks(a.p, model.B, 0, model.T, ROWS):
+            ops.attention_mean(p, a.qkv, a.lse if dense else a.dense_lse, NH, first)
+            ops.select_topk(top, count, p, a.count, first, 0, 0)
+            rows = slice(first, first + p.shape[1])
+            agreement.add(ops.to_host(a.index)[:, rows], ops.to_host(top)[:, rows], ops.to_host(p), first)
+        agreements.append(agreement)
+    return divergences, agreements, chosen / (whole + chosen if dense else whole)
+
+
 def measure(batch: Shares, inputs: np.ndarray, dense: bool) -> tuple[list[float], list[Agreement], float]:
     """Each layer's KL, what its selection has of dense attention, the indexer's share of the time; over all rows."""
-    found = [(model.B / batch.B, *model.measure(rows, dense)) for model, rows in batch.split(inputs)]
+    found = [(model.B / batch.B, *measure_rows(model, rows, dense)) for model, rows in batch.split(inputs)]
     weights, divergences, agreements, times = zip(*found)
     together = [sum(of_layer, Agreement()) for of_layer in zip(*agreements)]
     return np.dot(weights, divergences).tolist(), together, float(np.dot(weights, times))

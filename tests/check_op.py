@@ -9,6 +9,8 @@ from kernels import cpu, cuda
 STEP = 1e-5  # of the central difference, for values of order 1
 ELEMENTS = 60  # of a tensor that are checked, drawn at random
 TOL = 1e-5  # of CUDA's float32 against float64, relative to the tensor's largest value
+TOL_TENSOR = {False: 5e-6, True: 1.5e-3}  # of products on tensor cores, by runtime.tf32: 3xTF32 and TF32
+ROUNDED = 2e-5  # what rounding to TF32 costs at least, where there are many values
 
 
 def check_op(device, op: str, outs: dict, adds=(), offset: int = 0, tol: float = 1e-6, tol32: float = 1e-5, **inputs):

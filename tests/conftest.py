@@ -60,7 +60,7 @@ def launched(item) -> list[tuple[str, str]]:
 def on_cuda(item) -> bool:
     """Whether a test of an op needs the emulator or a GPU."""
     device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
-    return device not in (None, "cpu") or bool({"runtime", "emulator"} & set(item.fixturenames))
+    return device not in (None, "cpu") or bool({"runtime", "emulator", "open_tensor_cores"} & set(item.fixturenames))
 
 
 @pytest.fixture

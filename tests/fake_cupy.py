@@ -38,6 +38,39 @@ class Event:
         self.fake.run(self.position)
 
 
+class Stream:
+    """A stream, of which the fake has one queue for all; what is captured is what is told while it is current."""
+
+    def __init__(self, fake, ptr: int):
+        self._fake, self.ptr = fake, ptr
+
+    def use(self):
+        self._fake.stream = self
+        return self
+
+    def begin_capture(self):
+        if self.ptr == 0:
+            raise RuntimeError("cannot capture on the default (legacy) stream")
+        self._fake.captured = []
+
+    def end_capture(self):
+        if self._fake.capture_error:
+            self._fake.captured = None
+            raise self._fake.capture_error
+        captured, self._fake.captured = self._fake.captured, None
+        return Graph(self._fake, captured)
+
+
+class Graph:
+    def __init__(self, fake, operations: list):
+        self._fake, self._operations = fake, operations
+
+    def launch(self):
+        self._fake.launches.append(("graph", len(self._operations)))
+        for operation in self._operations:
+            self._fake.enqueue(operation)
+
+
 class RawKernel:
     """A kernel of a module; launched: what happens when it is called."""
 
@@ -58,7 +91,8 @@ class FakeCupy:
         self.allocations, self.launches, self.waits, self.queue = [], [], [], []
         self.enqueued = self.done = 0  # operations so far
         self.kernels = {"probe_kernel": self.probe} | (kernels or {})
-        self.launch_error = self.compile_error = None
+        self.launch_error = self.compile_error = self.capture_error = None
+        self.stream, self.captured = Stream(self, 0), None  # captured: operations, while that goes on
         self.math_mode = None
         self.pinned = []
         fake = self
@@ -76,6 +110,7 @@ class FakeCupy:
 
             def set(self, arr):
                 assert (arr.shape, arr.dtype) == (self.shape, self.dtype)
+                fake.refuse_capture()
                 if not fake.is_pinned(arr):  # the driver waits for the stream, then copies
                     fake.waits.append("pageable copy")
                     fake.run()
@@ -85,6 +120,7 @@ class FakeCupy:
 
             def get(self, out, blocking=True):
                 assert (out.shape, out.dtype) == (self.shape, self.dtype)
+                fake.refuse_capture()
                 fake.enqueue(lambda: np.copyto(out, self.values))
                 if blocking:
                     fake.waits.append("all")
@@ -96,8 +132,11 @@ class FakeCupy:
             alloc_pinned_memory=self.alloc_pinned_memory,
             Event=lambda disable_timing: Event(self),
             get_cublas_handle=lambda: 77,
+            Stream=lambda non_blocking: Stream(self, 1000),
+            get_current_stream=lambda: self.stream,
+            Graph=Graph,
             cublas=SimpleNamespace(
-                sgemm=self.sgemm,
+                sgemm=self.cupys_sgemm,
                 setMathMode=lambda handle, mode: setattr(self, "math_mode", (handle, mode)),
                 CUBLAS_OP_N=0,
                 CUBLAS_OP_T=1,
@@ -107,7 +146,7 @@ class FakeCupy:
                 getDevice=lambda: 0,
                 getDeviceProperties=lambda device: {"name": name, "major": major, "minor": 0},
                 memGetInfo=lambda: (30 << 30, 80 << 30),
-                deviceSynchronize=self.run,
+                deviceSynchronize=self.synchronize,
             ),
             compiler=SimpleNamespace(CompileException=CompileException),
         )
@@ -121,8 +160,19 @@ class FakeCupy:
         )
 
     def enqueue(self, operation):
+        if self.captured is not None:
+            self.captured.append(operation)
+            return
         self.queue.append(operation)
         self.enqueued += 1
+
+    def refuse_capture(self):
+        if self.captured is not None:
+            raise RuntimeError("the current stream is capturing")
+
+    def synchronize(self):
+        self.refuse_capture()
+        self.run()
 
     def run(self, position: int | None = None):
         """Run what was enqueued, as far as `position`."""
@@ -173,6 +223,12 @@ class FakeCupy:
     @staticmethod
     def probe(out, step, N):
         out[:N] = np.arange(N) * step - 1
+
+    def cupys_sgemm(self, *arguments):
+        """CuPy's, which sets the stream first."""
+        if self.captured is not None:
+            raise NotImplementedError("cannot be captured")
+        self.sgemm(*arguments)
 
     def sgemm(self, handle, transa, transb, m, n, k, alpha, A, lda, B, ldb, beta, C, ldc):
         """C (m,n) = alpha * op(A) (m,k) op(B) (k,n) + beta * C: all read by columns, alpha and beta on the host."""

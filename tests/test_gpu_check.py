@@ -52,7 +52,7 @@ def test_all_hold_on_the_cpu(tmp_path):
 
 def test_on_a_gpu_there_are_more():
     names = [*Checks("cuda", Path()).all()]
-    assert names[0] == "pytest -m gpu" and len(names) == 8 and "racecheck of two steps" in names
+    assert names[0] == "pytest -m gpu" and len(names) == 9 and "racecheck of two steps" in names
     assert [name for name in names if name in Checks("cpu", Path()).all()] == [*Checks("cpu", Path()).all()]
 
 

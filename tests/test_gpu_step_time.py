@@ -16,6 +16,7 @@ from kernel_times import PRODUCTS, Spent, Stopwatch
 
 from kernels import cpu
 from kernels.cuda import device as device_of
+from kernels.cuda.gpt2 import matmul_tensor
 from llmc.checkpoint import GPT2Config
 from llmc.errors import UserError
 
@@ -223,6 +224,7 @@ def test_bounds():
         ("adamw_kernel", Spent(1.0, 16), False, 1.04043),
         (PRODUCTS, product, True, 0.029302),
         (PRODUCTS, product, False, 0.216351),
+        ("matmul_forward_3xtf32_kernel", product, False, 3 * 0.029302),
     ):
         assert kernel_times.bound(kernel, spent, NAMES, H100, tf32) == pytest.approx(expected, rel=1e-4)
     assert kernel_times.bound("gelu_forward_kernel", product, NAMES, "NVIDIA T1000", False) is None
@@ -236,14 +238,30 @@ def test_bounds_of_what_dense_models_lack():
     memory, arithmetic = 4 * (5 * 4096 * 768 + names["K"]) / 3350e9, 2 * 4096 * names["A1"] / 67e12
     found = kernel_times.bound("band_matmul_forward_kernel", Spent(1.0, 24), names, H100, True)
     assert found == pytest.approx(24e3 * max(memory, arithmetic))
+    found = kernel_times.bound("band_matmul_forward_3xtf32_kernel", Spent(1.0, 24), names, H100, False)
+    assert found == pytest.approx(24e3 * max(memory, arithmetic * 67 * 3 / 494.7))
     one, other = (f"attention_forward_{hs}_kernel" for hs in (64, 128))
     assert kernel_times.bound(other, Spent(1.0, 12), NAMES, H100, True) == pytest.approx(
         kernel_times.bound(one, Spent(1.0, 12), NAMES, H100, True)
     )
 
 
+def test_our_own_products_are_known_by_their_arguments():
+    """Sizes from the launchers' arguments, in the kernels' order."""
+    runtime = SimpleNamespace(tf32=False, launch=lambda *args: None, gemm=None, capability=(9, 0))
+    event = lambda: SimpleNamespace(record=lambda: None)  # noqa: E731
+    with Stopwatch(runtime, event, lambda start, stop: 0.5) as stopwatch:
+        inp, weight, dout = (np.empty(shape, np.float32) for shape in ((40, 8), (12, 8), (40, 12)))
+        matmul_tensor.tensor_forward(runtime, dout, inp, weight, None)
+        matmul_tensor.tensor_dinp(runtime, inp, dout, weight)
+        matmul_tensor.tensor_dweight(runtime, weight, dout, inp, 1)
+    shapes = [spent.shapes for spent in stopwatch.spent(1).values()]
+    assert shapes == [((40, 12, 8, 0),), ((40, 8, 12, 0),), ((12, 8, 40, 1),)]
+
+
 def test_every_card_s_products_have_a_bound():
-    for card in kernel_times.RATES:
+    for card, rates in kernel_times.RATES.items():
+        assert len(rates) == 3
         assert all(kernel_times.promised(card, tf32) > 0 for tf32 in (False, True))
 
 

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 
 from kernels.device import Device, ops_on_shelves
 
-MEMORY = ("zeros", "to_device", "copy_in", "to_host", "to_host_later", "synchronize")
+MEMORY = ("zeros", "to_device", "copy_in", "to_host", "to_host_later", "synchronize", "capture")
 OPS = ops_on_shelves("cuda")
 
 
-def device(runtime) -> Device:
-    """The Device that `runtime` is, a Runtime or an emulator's."""
+def device(runtime, graph: str = "0") -> Device:
+    """The Device that `runtime` is, a Runtime or an emulator's; graph: see Device."""
 
     def describe() -> str:
         used, total = runtime.memory()
@@ -28,6 +28,6 @@ def device(runtime) -> Device:
 
     ops = {name: partial(op, runtime) for name, op in OPS.items()}
     memory = {name: getattr(runtime, name) for name in MEMORY}
-    own = dict(describe=describe, memory_used=memory_used, tf32=runtime.tf32)
+    own = dict(describe=describe, memory_used=memory_used, tf32=runtime.tf32, graph=graph)
     own |= dict(num_shares=lambda: 1, side_by_side=side_by_side)
     return SimpleNamespace(**ops, **memory, **own)

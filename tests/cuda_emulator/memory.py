@@ -6,9 +6,38 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from kernels.cuda.runtime.runtime import CudaError
+
 ALIGNMENT = 512  # of an allocation, as CuPy's
 GUARD = 4096  # bytes on either side of an allocation
 GUARD_BYTES = b"\xff" * GUARD  # NaN, whatever the type
+
+_recorded: list | None = None  # what was told while a capture goes on
+
+
+def enqueue(operation) -> None:
+    """Do what the device is told, or record it while a capture goes on."""
+    if _recorded is None:
+        operation()
+    else:
+        _recorded.append(operation)
+
+
+def record(work) -> list:
+    """What work() tells the device, none of it done."""
+    global _recorded
+    _recorded = recorded = []
+    try:
+        work()
+    finally:
+        _recorded = None
+    return recorded
+
+
+def refuse_capture(what: str) -> None:
+    """Raise CudaError while a capture goes on: for what CuPy refuses there, and for what a graph must not do."""
+    if _recorded is not None:
+        raise CudaError(f"{what}: not while a graph is captured", None)
 
 
 class DeviceArray:
@@ -44,7 +73,7 @@ class DeviceArray:
         return DeviceArray(self.values.reshape(*shape))
 
     def fill(self, value) -> None:
-        self.values.fill(value)
+        enqueue(lambda: self.values.fill(value))
 
     def __len__(self) -> int:
         return len(self.values)
@@ -71,6 +100,7 @@ class Memory:
 
     def allocate(self, nbytes: int) -> np.ndarray:
         """`nbytes` uninitialised bytes at a multiple of ALIGNMENT."""
+        refuse_capture("allocating memory")
         whole = np.empty(nbytes + 2 * GUARD + ALIGNMENT, np.uint8)
         start = GUARD - (address_of(whole) + GUARD) % ALIGNMENT + ALIGNMENT
         for guard in (whole[:start], whole[start + nbytes :]):

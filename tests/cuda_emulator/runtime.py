@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from cuda_emulator import build
-from cuda_emulator.memory import ALIGNMENT, GUARD, DeviceArray, Memory, address_of
+from cuda_emulator.memory import ALIGNMENT, GUARD, DeviceArray, Memory, address_of, enqueue, record, refuse_capture
 from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import check_launch, shared_limit, shown, shown_launch
 
@@ -94,7 +94,9 @@ class EmulatedRuntime:
         self._kernels = {name: kernel for folder in folders for name, kernel in source.kernels(Path(folder)).items()}
         self._memory = Memory(sanitized=mode == "asan")
         self._scratch, self._libraries, self._functions = {}, {}, {}
+        self._constants = {}
         self._launched = set()  # names, since guards were looked at
+        self.graph_launches = 0
 
     # ---- memory
 
@@ -104,18 +106,21 @@ class EmulatedRuntime:
         return array
 
     def to_device(self, array: np.ndarray) -> DeviceArray:
+        refuse_capture("copying to the GPU")
         copy = _view(self._memory.allocate(array.nbytes), array.shape, array.dtype)
         copy.values[...] = array
         return copy
 
     def copy_in(self, array: DeviceArray, values: np.ndarray) -> None:
         """array = values, of the same shape and dtype."""
+        refuse_capture("copying to the GPU")
         self._check_array(array, "copy_in: array")
         if not isinstance(values, np.ndarray) or (values.shape, values.dtype) != (array.shape, array.dtype):
             raise TypeError(f"copy_in: values are {shown(values)} for an array {shown(array)}")
         array.values[...] = values
 
     def to_host(self, array: DeviceArray) -> np.ndarray:
+        refuse_capture("copying to the host")
         self._check_array(array, "to_host: array")
         self.synchronize()
         return array.values.copy()
@@ -131,8 +136,15 @@ class EmulatedRuntime:
         if key not in self._scratch or self._scratch[key].nbytes < nbytes:
             self._scratch[key] = self._memory.allocate(nbytes)
         buffer = self._scratch[key][:nbytes]
-        buffer.fill(0xFF)
+        enqueue(lambda: buffer.fill(0xFF))
         return _view(buffer, shape, dtype)
+
+    def constant(self, values: np.ndarray) -> DeviceArray:
+        """A device array of these values, made once."""
+        key = values.tobytes(), values.shape, values.dtype
+        if key not in self._constants:
+            self._constants[key] = self.to_device(values)
+        return self._constants[key]
 
     def memory(self) -> tuple[int, int]:
         """Bytes in use and in all."""
@@ -140,6 +152,7 @@ class EmulatedRuntime:
 
     def synchronize(self) -> None:
         """A launch returns when it is done. Raises KernelError if there was a store just outside of an array."""
+        refuse_capture("waiting for the GPU")
         launched, self._launched = self._launched, set()
         if launched and (stores := self._memory.stray_stores()):
             where = "; ".join(stores)
@@ -163,12 +176,27 @@ class EmulatedRuntime:
         left, right = a.values.T if transa else a.values, b.values.T if transb else b.values
         if left.shape[1] != right.shape[0] or out.shape != (left.shape[0], right.shape[1]):
             raise ValueError(f"gemm: {shown(left)} @ {shown(right)} does not fit {shown(out)}")
-        if beta == 0:
-            np.matmul(left, right, out=out.values)
-        else:
-            out.values[...] = left @ right + np.float32(beta) * out.values
+
+        def product():
+            if beta == 0:
+                np.matmul(left, right, out=out.values)
+            else:
+                out.values[...] = left @ right + np.float32(beta) * out.values
+
+        enqueue(product)
 
     # ---- kernels
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A function that does what work() tells the device; CudaError for what CuPy refuses to capture."""
+        recorded = record(work)
+
+        def launch():
+            self.graph_launches += 1
+            for operation in recorded:
+                operation()
+
+        return launch
 
     def build(self, *paths: Path, jobs: int | None = None) -> None:
         """Compiles .cu files now, all of them if none is named, `jobs` at a time; else the first launch does it."""
@@ -188,8 +216,12 @@ class EmulatedRuntime:
         values = source.arguments(declared, args, self.is_array)
         grid, block = _three(grid), _three(block)
         check_launch(declared, grid, block, values, shared_mem, self.capability)
-        with self._one_launch:
-            self._run(declared, grid, block, values, shared_mem)
+
+        def run():
+            with self._one_launch:
+                self._run(declared, grid, block, values, shared_mem)
+
+        enqueue(run)
 
     def _run(self, kernel, grid, block, values, shared_mem: int) -> None:
         arrays, cells = _arguments(kernel, values)

@@ -23,7 +23,7 @@ from cuda_emulator.runtime import EmulatedRuntime
 
 import kernels
 import train_banded
-from kernels import cpu, driver
+from kernels import cpu, cuda, driver
 from kernels.cuda.runtime import runtime as runtime_module
 from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import CudaError, Runtime
@@ -58,6 +58,12 @@ CALLS = {
     "cuda.Event": ([], ["disable_timing"]),
     "cuda.Event.record": ([], []),
     "cuda.Event.synchronize": ([], []),
+    "cuda.Stream": ([], ["non_blocking"]),
+    "cuda.Stream.use": ([], []),
+    "cuda.Stream.begin_capture": ([], []),
+    "cuda.Stream.end_capture": ([], []),
+    "cuda.Graph.launch": ([], []),
+    "cuda.get_current_stream": ([], []),
     "cuda.get_cublas_handle": ([], []),
     "cuda.runtime.getDevice": ([], []),
     "cuda.runtime.getDeviceProperties": (["device"], []),
@@ -123,7 +129,7 @@ def in_cupy(cupy, cublas: dict, name: str) -> bool:
     thing, so_far = cupy, ""
     for part in name.split("."):
         if not hasattr(thing, part):
-            return False
+            return f"~{so_far.rpartition('.')[2]}.{part} (" in (thing.__doc__ or "")  # what __init__ sets
         so_far = f"{so_far}.{part}".lstrip(".")
         thing = in_type(cupy, TYPES[so_far]) if so_far in TYPES else getattr(thing, part)
     return True
@@ -230,6 +236,9 @@ HOLD = {
     "_buffers": "cupy.ndarray",  # at each key
     "copied": "cupy.cuda.Event",
     "_copied": "cupy.cuda.Event",
+    "current": "cupy.cuda.Stream",
+    "_stream": "cupy.cuda.Stream",
+    "graph": "cupy.cuda.Graph",
     "function": "cupy.RawKernel",
     "module": "cupy.RawModule",
 }
@@ -282,6 +291,8 @@ def names_offered(fake) -> set[str]:
         "RawModule": fake.module.RawModule(code="", options=()),
         "RawKernel": fake_cupy.RawKernel(None),
         "cuda.Event": fake.module.cuda.Event(disable_timing=True),
+        "cuda.Stream": fake.module.cuda.Stream(non_blocking=True),
+        "cuda.Graph": fake_cupy.Graph(fake, []),
     }
     found = set()
 
@@ -289,7 +300,7 @@ def names_offered(fake) -> set[str]:
         for name in (name for name in dir(thing) if name[0] != "_"):
             found.add(prefix + name)
             inner = objects.get(prefix + name, getattr(thing, name))
-            ours = fake_cupy.Memory | fake_cupy.Event | fake_cupy.RawKernel
+            ours = fake_cupy.Memory | fake_cupy.Event | fake_cupy.RawKernel | fake_cupy.Stream | fake_cupy.Graph
             if isinstance(inner, SimpleNamespace | fake.module.ndarray | ours):
                 look(f"{prefix}{name}.", inner)
 
@@ -319,6 +330,7 @@ def test_runtime_uses_no_more_of_cupy_than_it_says():
     called = {f"cupy.{name}" for name in CALLS} | {f"cupy.cuda.cublas.{name}" for name in CUBLAS}
     read = {"dtype", "shape", "ndim", "nbytes", "data", "data.ptr", "device.id", "flags.c_contiguous"}
     others = {"cupy.cuda.compiler.CompileException", "cupy.RawKernel.max_dynamic_shared_size_bytes"}
+    others |= {"cupy.cuda.Stream.ptr"}
     assert used - called == others | {f"cupy.ndarray.{name}" for name in read}
 
 
@@ -405,6 +417,7 @@ def fake(monkeypatch, tmp_path, driver_says):
         (tmp_path / name).write_text(text)
     planted = source.kernels(tmp_path)
     monkeypatch.setattr(runtime_module.source, "kernels", lambda *_: planted)
+    monkeypatch.setattr(runtime_module, "loaded_cublas", lambda: None)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
     runtime_module.open_cache.cache_clear()
     driver_says()
@@ -733,6 +746,127 @@ def test_a_failed_product_says_which(gpu, monkeypatch):
         gpu.gemm(gpu.zeros((2, 2)), a, a)
 
 
+# graphs
+
+
+@pytest.fixture
+def library(fake, monkeypatch):
+    """The functions of cuBLAS that are called by ctypes, on the fake; calls: what else than products was asked for."""
+    calls, status = [], []
+
+    def sgemm(*arguments):
+        fake.sgemm(*arguments)
+        return status[0] if status else 0
+
+    functions = SimpleNamespace(
+        cublasSetStream_v2=lambda *arguments: calls.append(("stream", *arguments)) or 0,
+        cublasSetWorkspace_v2=lambda *arguments: calls.append(("workspace", *arguments)) or 0,
+        cublasSgemm_v2=sgemm,
+    )
+    monkeypatch.setattr(runtime_module, "loaded_cublas", lambda: functions)
+    return SimpleNamespace(functions=functions, calls=calls, status=status)
+
+
+def test_a_graph_does_later_what_was_captured(fake, library):
+    """A launch, a product, a fill and a kernel on scratch, on what the arrays hold when the graph is launched."""
+    gpu = Runtime()
+    array, out, product = gpu.zeros((2, 2)), gpu.zeros((2, 2)), gpu.zeros((2, 2))
+
+    def work():
+        gpu.launch("scale_kernel", 1, 4, (gpu.scratch("twice", (2, 2)), array, 2, 0, 4))
+        gpu.gemm(product, gpu.scratch("twice", (2, 2)), array)
+        gpu.launch("scale_kernel", 1, 4, (out, product, 1, 0, 4))
+
+    work()
+    gpu.copy_in(array, np.full((2, 2), 1, F))
+    launches, allocations = len(fake.launches), len(fake.allocations)
+    replay = gpu.capture(work)
+    assert gpu.to_host(out).tolist() == [[0, 0], [0, 0]] and len(fake.allocations) == allocations
+    assert len(fake.launches) == launches + 3  # told, not done
+    gpu.scratch("twice", (20, 20))  # the graph's own buffer stays
+    for value in (3, 5):
+        gpu.copy_in(array, np.full((2, 2), value, F))
+        replay()
+        assert gpu.to_host(out).tolist() == [[4 * value**2] * 2] * 2
+    assert [launch for launch in fake.launches if launch[0] == "graph"] == [("graph", 3)] * 2
+    assert replay.args[1]["twice"].nbytes == 16
+
+
+def test_all_runs_on_one_stream_that_can_be_captured(fake, library):
+    """cuBLAS as well, with a workspace of its own, set behind the stream; a caller's stream is kept."""
+    first = Runtime()
+    assert fake.stream.ptr == 1000 and first._stream is fake.stream
+    (stream, workspace) = library.calls
+    assert stream == ("stream", 77, 1000)
+    assert workspace[:2] == ("workspace", 77) and workspace[3] == 32 << 20
+    assert workspace[2] == runtime_module._workspaces[-1].data.ptr
+    assert Runtime()._stream is first._stream
+    types = library.functions.cublasSgemm_v2.argtypes
+    assert len(types) == 14 and {*types} == {ctypes.c_int, ctypes.c_void_p}
+
+
+@pytest.mark.parametrize(
+    "what, doing",
+    [
+        (lambda gpu, array: gpu.copy_in(array, np.ones(4, F)), "copying to the GPU"),
+        (lambda gpu, array: gpu.to_host(array), "copying to the host"),
+        (lambda gpu, array: gpu.to_host_later(array), "copying to the host"),
+        (lambda gpu, array: gpu.to_device(np.ones(4, F)), "copying to the GPU"),
+        (lambda gpu, array: gpu.synchronize(), "waiting for the GPU"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_an_error_and_the_gpu_goes_on(what, doing, fake, library):
+    """The same on the emulator."""
+    for gpu in (Runtime(), EmulatedRuntime()):
+        array = gpu.zeros(4)
+        with pytest.raises(CudaError, match=doing):
+            gpu.capture(lambda gpu=gpu, array=array: what(gpu, array))
+        gpu.copy_in(array, np.full(4, 2, F))
+        assert gpu.to_host(array).tolist() == [2, 2, 2, 2]
+        gpu.capture(lambda array=array: array)()
+
+
+def test_a_capture_that_cuda_refuses_is_an_error(fake, library):
+    gpu = Runtime()
+    fake.capture_error = RuntimeError("cudaErrorStreamCaptureInvalidated")
+    with pytest.raises(CudaError, match="capturing a CUDA graph: cudaErrorStreamCaptureInvalidated"):
+        gpu.capture(lambda: None)
+    with pytest.raises(ZeroDivisionError):  # what ended the work is told, not what it led to
+        gpu.capture(lambda: 1 / 0)
+    gpu.gemm(gpu.zeros((2, 2)), gpu.zeros((2, 2)), gpu.zeros((2, 2)))
+    assert fake.captured is None
+    library.status.append(14)
+    with pytest.raises(CudaError, match=r"gemm of float32\(2, 2\).*cublasSgemm_v2: status 14"):
+        gpu.gemm(gpu.zeros((2, 2)), gpu.zeros((2, 2)), gpu.zeros((2, 2)))
+
+
+def test_without_cublas_by_ctypes_there_are_products_but_no_graphs(fake, gpu):
+    """CuPy's own sgemm, which refuses to be captured."""
+    with pytest.raises(CudaError, match=r"capturing a CUDA graph: the library of cuBLAS .* was not found"):
+        gpu.capture(lambda: None)
+    assert fake.captured is None and fake.launches[-1][0] == "sgemm"  # the probe's
+
+
+def test_cublas_is_found_among_what_is_loaded(monkeypatch, tmp_path):
+    skip_off_linux()
+    (tmp_path / "cublas.c").write_text("int cublasSgemm_v2(void) { return 7; }")
+    library = tmp_path / "libcublas.so.12"
+    subprocess.run([build.COMPILER, "-xc", "-shared", "-fPIC", "-o", library, tmp_path / "cublas.c"], check=True)
+    code = "import ctypes; from kernels.cuda.runtime import runtime; print(runtime.loaded_cublas(), end=' ')\n"
+    code += f"ctypes.CDLL({str(library)!r}); print(runtime.loaded_cublas().cublasSgemm_v2())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "None 7\n", done.stderr
+
+
+def test_constants_are_made_once(gpu, fake):
+    values = np.arange(4, dtype=np.int32)
+    first = gpu.constant(values)
+    values[0] = 9
+    second = gpu.constant(values)
+    assert gpu.constant(np.arange(4, dtype=np.int32)) is first and gpu.to_host(first).tolist() == [0, 1, 2, 3]
+    assert second is not first and gpu.to_host(second).tolist() == [9, 1, 2, 3]
+
+
 def test_tf32_is_a_mode_of_cublas(fake, monkeypatch):
     assert not Runtime().tf32 and fake.math_mode == (77, 0)
     assert Runtime(tf32=True).tf32 and fake.math_mode == (77, 3)
@@ -907,6 +1041,38 @@ def test_copies_on_a_gpu(real):
         laters.append(real.to_host_later(array))
     assert [np.unique(later()).tolist() for later in laters] == [[i] for i in range(10)]
     assert real.to_host(array).mean() == 9
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu(real):
+    """A product, a copy of it, memory that is filled: the bits of the same launches one by one; copies are refused."""
+    random = np.random.default_rng(3)
+    a, b = (real.to_device(random.standard_normal((768, 768)).astype(F)) for _ in range(2))
+    out, total = real.zeros((768, 768)), real.zeros((768, 768))
+    device = cuda.device(real)
+
+    def work():
+        real.gemm(out, a, b, transb=True)
+        total.fill(0)
+        device.residual_forward(total, total, out)
+
+    def values():
+        real.copy_in(a, random.standard_normal((768, 768)).astype(F))
+
+    values()
+    work()
+    replay = real.capture(work)
+    with pytest.raises(CudaError):
+        real.capture(lambda: real.copy_in(a, np.ones((768, 768), F)))
+    with pytest.raises(CudaError):
+        real.capture(lambda: real.to_host(a))
+    for _ in range(3):
+        values()
+        work()
+        expected = real.to_host(total)
+        total.fill(1)
+        replay()
+        assert real.to_host(total).tobytes() == expected.tobytes()
 
 
 @pytest.mark.gpu

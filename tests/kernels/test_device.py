@@ -13,6 +13,7 @@ from kernels.device import NAMES, SHELVES, Device
 
 ROOT = Path(__file__).parent.parent.parent
 KERNELS = ROOT / "kernels"
+TRIAL = KERNELS / "cuda/runtime/tensor_cores"  # kernels that belong to no op
 OPS = {"cpu": {name: getattr(cpu, name) for name in cuda.OPS}, "cuda": cuda.OPS}
 # ops whose file has another op's name, because they share its inside
 GUESTS = {
@@ -37,7 +38,7 @@ def test_both_devices_have_what_device_lists(emulator):
     assert all(hasattr(cpu, name) for name in NAMES) and cpu.__all__ == NAMES
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "tf32"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("tf32", "graph")])
 def test_signatures_are_those_of_device(emulator, name):
     """Names, order and defaults; a launcher has `cuda` in front."""
     expected = parameters(getattr(Device, name), without=1)
@@ -65,12 +66,12 @@ def test_device_lists_ops_shelf_by_shelf():
 
 
 def test_a_launcher_launches_what_is_in_its_cu_file_or_in_one_it_names():
-    """Every .cu file has its launcher, upstream_controller alone has a launcher without kernels."""
-    files = {path.with_suffix("") for path in KERNELS.glob("cuda/*/*.cu")}
+    """Every .cu file has its launcher, upstream_controller alone has no kernels; the trial is no op."""
+    files = {path.with_suffix("") for path in KERNELS.glob("cuda/*/*.cu")} - {TRIAL}
     launchers = {path.with_suffix("") for path in KERNELS.glob("cuda/*/*.py")} - {*KERNELS.glob("cuda/runtime/*")}
     launchers = {path for path in launchers if path.parent.name in SHELVES}
     assert launchers - files == {KERNELS / "cuda/sparse/upstream_controller"} and files <= launchers
-    assert {kernel.path.parent.name for kernel in source.kernels().values()} <= {*SHELVES}
+    assert {kernel.path.parent.name for kernel in source.kernels().values()} <= {*SHELVES, TRIAL.parent.name}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ import pytest
 from check_op import check_op, check_twin, nan, place, relative, rounded
 
 from kernels import cpu, cuda
+from kernels.cuda.gpt2.attention import PASSING
+from kernels.cuda.gpt2.attention_join import split_keys
+from kernels.cuda.runtime.grid import padded_head
 from llmc.errors import UserError
 
 SIZES = [  # B, T, NH, hs
@@ -140,3 +143,55 @@ def test_the_last_queries_alone_give_what_they_give_among_all(runtime, n):
     qkv[0, T - 1, C:] = np.nan  # the last key and value are for the last query alone
     device.attention_forward(again := place(runtime, nan(n, C), 0), lse, place(runtime, qkv, 0), NH, T - n)
     assert runtime.to_host(again)[: n - 1].tobytes() == part[: n - 1].tobytes()
+
+
+@pytest.mark.parametrize(
+    "B, T, NH, hs, n", [(2, 515, 2, 8, 8), (1, 700, 3, 5, 1), (1, 577, 1, 64, 3), (1, 640, 1, 80, 2)]
+)
+def test_many_keys_are_split_over_blocks(runtime, B, T, NH, hs, n):
+    """A few queries against all that came before: NumPy's numbers; among more queries the same to rounding, and causal
+    to the bit, also where the last part has no key for a query."""
+    C, start, device = NH * hs, T - n, cuda.device(runtime)
+    qkv = rounded(B, T, 3 * C)
+    parts, share = split_keys(T, B * NH * n, PASSING[padded_head("", hs, PASSING)])
+    assert parts > 1 and (parts - 1) * share < T <= parts * share and (n < 8 or start < (parts - 1) * share)
+    check_twin(runtime, "attention_forward", nan(B * n, C), nan(B, NH, n), qkv, NH, start)
+
+    def run(qkv, start):
+        """out (B,queries,C), lse"""
+        out, lse = (place(runtime, nan(*shape), 0) for shape in ((B * (T - start), C), (B, NH, T - start)))
+        device.attention_forward(out, lse, place(runtime, qkv, 0), NH, start)
+        return runtime.to_host(out).reshape(B, -1, C), runtime.to_host(lse)
+
+    out, lse = run(qkv, start)
+    assert relative(out, run(qkv, start - 9)[0][:, -n:]) <= 1e-6
+    qkv[:, T - 1, C:] = np.nan  # the last key and value are for the last query alone
+    later = run(qkv, start)
+    assert later[0][:, : n - 1].tobytes() == out[:, : n - 1].tobytes() and np.isnan(later[0][:, n - 1]).all()
+    assert later[1][..., : n - 1].tobytes() == lse[..., : n - 1].tobytes()
+
+
+def test_how_keys_are_split():
+    """Parts of at least 128 keys, whole tiles, so many that an H100's 132 multiprocessors have work; few keys stay."""
+    assert split_keys(1024, 12, 64) == (8, 128) and split_keys(16384, 12, 64) == (43, 384)
+    assert split_keys(1000, 600, 64) == (1, 1024)
+    launched = []
+
+    class Recorder:
+        def launch(self, kernel, grid, block, args):
+            launched.append((kernel, grid))
+
+        def scratch(self, key, shape):
+            return np.empty(shape)
+
+        def is_array(self, value):
+            return False
+
+        def constant(self, values):
+            return values
+
+    for T in (512, 513):
+        qkv, out, lse = np.empty((1, T, 3 * 768)), np.empty((1, 768)), np.empty((1, 12, 1))
+        cuda.OPS["attention_forward"](Recorder(), out, lse, qkv, 12, T - 1)
+    decode, join = "attention_decode_64_kernel", "attention_join_kernel"
+    assert launched == [(decode, (12, 1, 1)), (decode, (12, 1, 5)), (join, 12)]

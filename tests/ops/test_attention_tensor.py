@@ -7,28 +7,20 @@ from check_op import check_twin, nan, place, relative, rounded
 from cuda_emulator.runtime import EmulatedRuntime
 
 from kernels import cpu, cuda
-from kernels.cuda.gpt2 import attention_tensor
+from kernels.cuda.runtime import tensor_cores
 
 SIZES = [  # B, T, NH, hs
     (1, 9, 1, 4), (2, 35, 2, 8), (1, 150, 1, 64), (1, 33, 3, 40), (1, 131, 1, 36), (1, 67, 2, 80), (1, 65, 1, 128),
     (1, 40, 2, 5), (1, 17, 1, 1), (1, 10, 1, 127),
 ]  # fmt: skip
 # of float64, relative to a tensor's largest value: at most, and at least where operands are rounded
-TF32, FLOAT32, ROUNDED = 3e-3, 1e-5, 2e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tried():
-    """These tests are what the kernels have to pass before any run takes them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_tensor, "TRIED_ON", {(major, minor) for major in range(8, 13) for minor in range(10)})
-        yield
+TF32, FLOAT32, ROUNDED = 1.5e-3, 5e-6, 2e-5
 
 
 def opened(kind: str, tf32: bool):
     if kind == "gpu":
         gpu = open_gpu(tf32)
-        if not attention_tensor.takes_tensor_cores(gpu):
+        if not tensor_cores.worth_it(gpu):
             pytest.skip(f"{gpu.name} has no tensor cores that are worth it")
         return gpu
     skip_off_linux()
@@ -141,26 +133,3 @@ def test_the_last_queries_alone_give_what_they_give_among_all(runtime, n):
 def test_large_scores(runtime):
     qkv = 300 * rounded(1, 70, 48)
     assert all(np.isfinite(array).all() for array in results(runtime, qkv, np.ones((70, 16)), 2))
-
-
-def test_other_gpus_keep_their_kernels():
-    """Which kernel is launched hangs on the compute capability and on --tf32."""
-    launched = []
-
-    class Recorder:
-        def __init__(self, capability, tf32):
-            self.capability, self.tf32 = capability, tf32
-
-        def launch(self, kernel, grid, block, args):
-            launched.append((kernel, grid))
-
-    qkv = np.empty((1, 130, 3 * 64))
-    for capability, tf32 in (((7, 5), False), ((8, 0), True), ((8, 0), False), ((12, 0), True), ((12, 0), False)):
-        cuda.OPS["attention_forward"](Recorder(capability, tf32), None, None, qkv, 1)
-    assert launched == [
-        ("attention_forward_64_kernel", (1, 3)),
-        ("attention_forward_tf32_64_kernel", (1, 2)),
-        ("attention_forward_3xtf32_64_kernel", (1, 2)),
-        ("attention_forward_tf32_64_kernel", (1, 2)),
-        ("attention_forward_64_kernel", (1, 3)),
-    ]

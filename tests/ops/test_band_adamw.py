@@ -5,6 +5,7 @@ import pytest
 from check_op import check_twin, rounded
 
 from kernels import cpu
+from kernels.cpu.gpt2.adamw import adamw_rates
 
 
 @pytest.mark.parametrize("C, bandwidth", [(256, 64), (16, 8)])  # by blocks, and all at once
@@ -15,9 +16,9 @@ def test_band_adamw_is_adamw(C, bandwidth, layer):
     tensors[3] **= 2
     for tensor in tensors:
         cpu.band_mask(tensor, bandwidth)
-    banded, settings = tensors.copy(), (3, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.5)
-    cpu.adamw_update(*tensors, *settings)
-    cpu.band_adamw_update(*banded, bandwidth, *settings)
+    banded, given = tensors.copy(), (np.array(adamw_rates(3, 1e-3, 0.9, 0.95, 1e-8, 0.1, 2.0)), np.array([4.0]))
+    cpu.adamw_update(*tensors, *given)
+    cpu.band_adamw_update(*banded, bandwidth, *given)
     assert banded.tobytes() == tensors.tobytes()
 
 
@@ -27,4 +28,5 @@ def test_band_adamw(runtime, L, rows, columns, bandwidth):
     arrays[3] *= arrays[3]
     for array in arrays:
         cpu.band_mask(array, bandwidth)
-    check_twin(runtime, "band_adamw_update", *arrays, bandwidth, 3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.7)
+    rates = np.array(adamw_rates(3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 2.0))
+    check_twin(runtime, "band_adamw_update", *arrays, bandwidth, rates, np.array([4.0]))

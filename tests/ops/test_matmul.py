@@ -7,7 +7,7 @@ from check_op import check_op, relative
 from kernels import cpu
 
 
-@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
+@pytest.mark.parametrize("N, C, OC", [(1, 1, 3), (1, 36, 70), (1, 771, 5), (5, 12, 20), (64, 48, 600), (300, 10, 130)])
 def test_matmul(device, N, C, OC):
     for beta, adds in ((0, ("dbias",)), (1, ("dbias", "dweight"))):
         check_op(device, "matmul", dict(out=(N, OC)), adds, inp=(N, C), weight=(OC, C), bias=(OC,), beta=beta)

@@ -24,13 +24,17 @@ SEEDS = [
 ]  # fmt: skip
 
 
+def as_int32(seed: int) -> np.ndarray:
+    return np.array([seed], np.uint32).view(np.int32)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_scores(seed):
     T = 300
     scores = np.full((2, T, T), np.nan, "f")
     for first, end in blocks_of_rows(T, 128):
         block = np.empty((2, end - first, T), "f")
-        cpu.random_scores(block, seed, first)
+        cpu.random_scores(block, as_int32(seed), first)
         scores[:, first:end] = block
     past = np.tri(T) > 0
     for t, s in ((0, 0), (5, 0), (299, 123), (128, 128)):
@@ -51,5 +55,5 @@ def test_random_scores(seed):
 def test_random_scores_on_cuda(runtime, seed):
     for B, R, S, first in ((2, 3, 300, 290), (1, 1, 1, 0), (2, 5, 7, 2)):
         expected = np.empty((B, R, S), "f")
-        cpu.random_scores(expected, seed, first)
-        assert run(runtime, "random_scores", nan(B, R, S), seed, first)[0].tobytes() == expected.tobytes()
+        cpu.random_scores(expected, as_int32(seed), first)
+        assert run(runtime, "random_scores", nan(B, R, S), as_int32(seed), first)[0].tobytes() == expected.tobytes()

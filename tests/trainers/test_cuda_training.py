@@ -1,5 +1,7 @@
 """train_banded.py and generate.py on the emulated GPU: llm.c's losses, the CPU's logits, the same bits every time."""
 
+import dataclasses
+
 import golden_run
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import generate
 import kernels
 import train_banded
 from kernels import cpu, cuda
-from kernels.cuda.gpt2 import attention_tensor
-from llmc.checkpoint import read_model
+from kernels.cuda.gpt2 import matmul_tensor
+from llmc.checkpoint import GPT2Config, read_model
 from llmc.init import gpt2_init
+from systems.band import Band
 
 pytestmark = pytest.mark.launches("gpt2", "band")
 
@@ -39,7 +42,6 @@ def on_emulator(monkeypatch, emulator):
 )
 def test_run_matches_the_c_reference(name, capability, on_emulator, tmp_path, monkeypatch, capsys):
     """All 41 training and 5 validation losses within 5e-5, parameters after 41 updates within 1e-4."""
-    monkeypatch.setattr(attention_tensor, "TRIED_ON", {(9, 0)})
     on_emulator(mode="fast", capability=capability)
     golden_run.write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -52,6 +54,37 @@ def test_run_matches_the_c_reference(name, capability, on_emulator, tmp_path, mo
         assert losses(reference, kind).size == count and difference <= 5e-5
     params = read_model("final.bin").params
     assert np.abs(params[:: golden_run.STRIDE] - golden_run.load()[name]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("tf32, loss_tol, param_tol", [(False, 2e-6, 1e-6), (True, 1e-4, 1e-5)])
+def test_steps_on_tensor_cores_are_the_cpus(tf32, loss_tol, param_tol, monkeypatch):
+    """Three updates of a banded model: all products of ours in 3xTF32, no cuBLAS; in TF32 the bands, and cuBLAS."""
+    monkeypatch.setattr(matmul_tensor, "FASTER_THAN_CUBLAS", {(9, 0)})
+    monkeypatch.setattr(matmul_tensor, "MULTIPROCESSORS", 1)
+    config, (B, T) = GPT2Config(maxT=16, V=120, L=2, NH=2, C=64, Vp=128), (2, 16)
+    runtime = EmulatedRuntime(mode="fast", capability=(9, 0), tf32=tf32)
+    launched, launch = set(), runtime.launch
+    monkeypatch.setattr(runtime, "launch", lambda name, *args: (launched.add(name), launch(name, *args)))
+    if not tf32:
+        monkeypatch.setattr(runtime, "gemm", None)
+    tokens = np.random.default_rng(5).integers(0, config.V, (2, B, T)).astype(np.int32)
+    losses, params = [], []
+    for device in (cpu, cuda.device(runtime)):
+        model = train_banded.GPT2(device, config, gpt2_init(config, 3), B, T, Band(32, 24))
+        model.mask_weights()
+        for t in (1, 2, 3):
+            model.forward(*tokens)
+            model.backward()
+            losses.append(model.mean_loss())
+            model.update(t, 1e-3)
+        params.append(device.to_host(model.params_flat))
+    reference, ours = np.reshape(losses, (2, 3))
+    print(f"losses within {np.abs(ours - reference).max():.1e}, parameters {np.abs(params[1] - params[0]).mean():.1e}")
+    assert np.abs(ours - reference).max() <= loss_tol and reference[2] < reference[0] - 0.1
+    assert np.abs(params[1] - params[0]).mean() <= param_tol
+    word = "tf32" if tf32 else "3xtf32"
+    assert {f"band_matmul_{product}_{word}_kernel" for product in ("forward", "dinp", "dweight")} <= launched
+    assert ("matmul_forward_3xtf32_kernel" in launched) != tf32 and f"attention_forward_{word}_64_kernel" in launched
 
 
 BANDED = dict(model="model.bin", fc1_bandwidth=24, fc2_bandwidth=24, permute=3, grad_clip=0.5)
@@ -85,6 +118,29 @@ def test_generate_gives_the_logits_of_the_cpu(on_emulator):
     for start, stop in ((0, 9), (9, 10), (10, 12)):
         reference, ours = (model.extend(tokens[start:stop], start) for model in models)
         assert np.abs(ours - reference).max() <= 1e-5 * np.abs(reference).max()
+
+
+def test_a_decoded_token_takes_few_launches(on_emulator):
+    """Ten a layer and three, with biases added in the products of one row; eleven in a model of more than 512
+    positions; then one, a graph, with the same logits."""
+    tokens = np.arange(5, dtype=np.int32)
+    for maxT, count in ((512, 10), (520, 11)):
+        config = dataclasses.replace(tiny.CONFIG, maxT=maxT)
+        runtime = on_emulator(mode="fast")
+        eager, by_graphs = (
+            train_banded.GPT2(cuda.device(runtime, graph), config, gpt2_init(config, 3), 1, 1) for graph in ("0", "1")
+        )
+        expected = [eager.extend(tokens[t : t + 1], t) for t in range(5)]
+        launched, launch = [], runtime.launch
+        runtime.launch = lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest))  # noqa: B023
+        for t in range(5):
+            launched.clear()
+            assert by_graphs.extend(tokens[t : t + 1], t).tobytes() == expected[t].tobytes()
+            assert runtime.graph_launches == t  # none, then the captured one, and on
+            if t < 2:
+                assert len(launched) == count * config.L + 3
+                assert launched.count("matmul_row_kernel") == 4 * config.L + 1
+        assert launched == []
 
 
 def test_generate_runs_on_the_device(on_emulator, folder, capsys):

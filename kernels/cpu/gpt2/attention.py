@@ -13,6 +13,7 @@ from math import exp, sqrt
 import numpy as np
 
 from kernels.cpu.blocks import for_blocks, num_threads, scratch
+from kernels.cpu.gpt2.append_rows import position
 from kernels.cpu.gpt2.column_sum import ones
 
 QUERIES = 64  # queries in a block; half of its square of scores lies above the diagonal and is wasted
@@ -159,8 +160,14 @@ def attend_backward(grads, inputs, do, o, lse, s, scale, write):
 
 
 def attention_forward(out, lse, qkv, NH, start=0):
-    """out (B*(T-start),C), lse (B,NH,T-start) from qkv (B,T,3C), for the queries at positions start..T-1."""
+    """out (B*(T-start),C), lse (B,NH,T-start) from qkv (B,T,3C), for the queries at positions start..T-1.
+
+    start may be an array (1). Then out says how many queries there are, and qkv may have rows behind the last.
+    """
     B, T, C3 = qkv.shape
+    if isinstance(start, np.ndarray):
+        start = position(start)
+        T = start + len(out) // B
     scale = 1 / sqrt(C3 // 3 // NH)
 
     def queries(b, first, end):

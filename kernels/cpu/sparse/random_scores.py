@@ -13,7 +13,7 @@ GOLDEN = 0x9E3779B1  # a prime near 2^32 / golden ratio: multiples of it lie far
 
 
 def random_scores(scores, seed, first):
-    """scores (B,R,S) in [0,1), multiples of 2^-24, from the seed (0 .. 2^32-1), t and s; -inf for s > t = first + r.
+    """scores (B,R,S) in [0,1), multiples of 2^-24, from seed (1) int32, t and s; -inf for s > t = first + r.
 
     bits = mix(mix(mix(seed) + t) + GOLDEN * s), in 32 bits; the same for every b.
     """
@@ -22,7 +22,7 @@ def random_scores(scores, seed, first):
 
     def rows(_, begin, stop):
         positions = np.arange(first + begin, first + stop)
-        keys, spare = np.full(stop - begin, seed, np.uint32), np.empty(stop - begin, np.uint32)
+        keys, spare = np.full(stop - begin, seed.view(np.uint32), np.uint32), np.empty(stop - begin, np.uint32)
         _mix(keys, spare)
         keys += positions.astype(np.uint32)
         _mix(keys, spare)

@@ -10,14 +10,6 @@
 #define BN 64
 #define BK 16
 
-// columns first .. last - 1 that rows row0 .. row0 + count - 1 of a (rows,columns) weight keep, first a multiple of 4
-__device__ __forceinline__ Band band_of_rows(int row0, int count, int rows, int columns, int bandwidth) {
-    Band band = band_of_row(row0, rows, columns, bandwidth);
-    band.start &= ~3;
-    band.stop = band_of_row(min(row0 + count, rows) - 1, rows, columns, bandwidth).stop;
-    return band;
-}
-
 // out (N,OC) from inp (N,C), weight (OC,C), bias (OC)
 extern "C" __global__ void __launch_bounds__(256)
 band_matmul_forward_kernel(float* __restrict__ out, const float* __restrict__ inp, const float* __restrict__ weight,

@@ -49,20 +49,6 @@ expert_matmul_dinp_kernel(float* __restrict__ dinp, const float* __restrict__ do
     write_tile<Tile>(dinp + of.row0 * C, total, nullptr, 0, c0, tile, C);
 }
 
-// the first tile whose expert is `expert` or a later one; experts ascend, -1, the largest unsigned number, comes last
-__device__ __forceinline__ int first_tile(const int* tile_expert, int tiles, unsigned expert) {
-    int low = 0, high = tiles;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if ((unsigned)tile_expert[middle] < expert) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
 // dweight (E,OC,C) = beta * dweight + dout^T inp over the expert's rows; dout (rows,OC), inp (rows,C);
 // grid (ceil(C / BN), ceil(OC / BM), E), 128 threads
 extern "C" __global__ void __launch_bounds__(128)

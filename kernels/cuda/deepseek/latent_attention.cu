@@ -4,7 +4,7 @@
 //   v1 a block a query and head    each head reads the latents again, although they are the same for all
 //   v2 a block a query             a tile of latents in shared memory is both keys and values of up to 8 heads
 //   v3 also its keys split (this)  a decoder has one query: blocks take parts of its keys, each with a softmax of its
-//                                  own, and latent_combine_kernel joins these in their order
+//                                  own, and attention_join.cu joins these in their order
 //
 // Sums have a fixed order that depends on sizes alone. Rows of shared memory are an odd number of float4s, so that the
 // same column of 8 keys lies in different banks.
@@ -166,24 +166,4 @@ latent_attention_wide_kernel(float* __restrict__ out, float* __restrict__ part_s
     extern __shared__ Pack<4> shared[];
     attend<8, 8>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH, kv_rank, D, heads, K, share,
                  start, shared);
-}
-
-// out (rows,kv_rank) from the parts above, rows = n * NH; a block a row. a part without a key has a sum of 0
-extern "C" __global__ void __launch_bounds__(256)
-latent_combine_kernel(float* __restrict__ out, const float* __restrict__ part_sums,
-                      const float* __restrict__ part_softmax, int rows, int kv_rank, int parts) {
-    const size_t row = blockIdx.x;
-    float top = MINUS_INFINITY;
-    for (int part = 0; part < parts; part++) { top = fmaxf(top, part_softmax[2 * ((size_t)part * rows + row)]); }
-    for (int column = threadIdx.x; column < kv_rank; column += blockDim.x) {
-        float total = 0.0f;
-        float result = 0.0f;
-        for (int part = 0; part < parts; part++) {
-            const size_t at = (size_t)part * rows + row;
-            const float weight = exp2f(part_softmax[2 * at] - top);
-            total += weight * part_softmax[2 * at + 1];
-            result += weight * part_sums[at * kv_rank + column];
-        }
-        out[row * kv_rank + column] = result / total;
-    }
 }

@@ -2,14 +2,14 @@
 
 import numpy as np
 
-from kernels.cuda.runtime.grid import BLOCKS, TILE_THREADS, ceil_div, threads_for
+from kernels.cuda.gpt2.attention_join import attention_join, part_buffers, split_keys
+from kernels.cuda.runtime.grid import TILE_THREADS, ceil_div
 from llmc.errors import UserError
 
 HEADS = 8  # the most heads of a block
 # kernel: keys of a tile, float4s of sums that a thread keeps; as many as fit 48 KiB beside the latents
 TILES = {"latent_attention_kernel": (32, 5), "latent_attention_wide_kernel": (8, 8)}
 SHARED = 46 << 10  # bytes for queries and keys; the rest is for scores and sums
-SHARE = 128  # the fewest keys of a block where a query's keys are split
 
 
 def latent_attention_forward(cuda, out, qlat, latent, index, count, scale, start=0):
@@ -20,21 +20,17 @@ def latent_attention_forward(cuda, out, qlat, latent, index, count, scale, start
     groups = ceil_div(NH, HEADS)
     heads = ceil_div(NH, groups)
     K, most = (0, start + n) if index is None else (index.shape[2], index.shape[2])
-    parts = min(ceil_div(most, SHARE), ceil_div(BLOCKS, n * groups))
-    share = ceil_div(ceil_div(most, parts), keys) * keys
-    parts = ceil_div(most, share)
+    parts, share = split_keys(most, n * groups, keys)
     if index is None:
         index = count = cuda.scratch("latent_no_index", (1,), np.int32)  # K = 0 says that it is not read
-    part_sums = part_softmax = out  # written by several parts alone
-    if parts > 1:
-        part_sums = cuda.scratch("latent_part_sums", (parts, n, NH, kv_rank))
-        part_softmax = cuda.scratch("latent_part_softmax", (parts, n, NH, 2))
+    part_sums, part_softmax = (
+        part_buffers(cuda, parts, n * NH, kv_rank) if parts > 1 else (out, out)
+    )  # else not written
     args = (out, part_sums, part_softmax, qlat, latent, index, count)
     sizes = (scale, NH, kv_rank, D, heads, K, share, start)
     cuda.launch(kernel, (n, groups, parts), TILE_THREADS, (*args, *sizes), shared_mem)
     if parts > 1:
-        args = (out, part_sums, part_softmax, n * NH, kv_rank, parts)
-        cuda.launch("latent_combine_kernel", n * NH, threads_for(4 * kv_rank), args)
+        attention_join(cuda, out, cuda.scratch("latent_lse", (1, NH, n)), part_sums, part_softmax)
 
 
 def _kernel(kv_rank, D):

@@ -1,23 +1,22 @@
 // adamw.cu: AdamW on flat parameters (kernels/cpu/gpt2/adamw.py; the formula is update_adamw of common.cuh)
 //
-// The bias corrections are folded into rate and eps by the launcher, in double precision. Read are p, g, m, v, written
-// p, m, v: 7 floats a parameter.
+// Read are p, g, m, v, written p, m, v: 7 floats a parameter.
 //
 //   v1 one thread a value
 //   v2 one thread four            float4 in all seven streams; a launch for each tensor
-//   v3 all tensors at once (this) a table says which tensor a block belongs to, and its rates. A step of GPT-2 launches
-//                                 1 instead of 16: expected are 0.15 ms less of the host (14 us a launch, less the
-//                                 table's copy) and, at 124M, 0.03 of the GPU: 12 tensors are too small to fill it
-//
-// What changes from step to step comes from the table, in memory, not by value.
+//   v3 all tensors at once (this) a table says which tensor a block belongs to, and its row of rates. A step launches
+//                                 1 instead of 16: expected are 0.2 ms less of the host (14 us a launch) and, at
+//                                 124M, 0.03 of the GPU: 12 tensors are too small to fill it
 
-#define COLUMNS 10
+#define COLUMNS 5
+#define RATES 6
 
-// params, grads, m, v: flat buffers, of which a block has 1024 values of one tensor. tensors (count,10): the tensor's
-// first block, ascending; where it begins in params, and in grads, m and v; its size; the six AdamwRates, bit by bit
+// params, grads, m, v: flat buffers, of which a block has 1024 values of one tensor. tensors (count,5): the tensor's
+// first block, ascending; where it begins in params, and in grads, m and v; its size; its row of rates (groups,6)
 extern "C" __global__ void __launch_bounds__(256)
 adamw_kernel(float* __restrict__ params, const float* __restrict__ grads, float* __restrict__ m, float* __restrict__ v,
-             const int* __restrict__ tensors, int count) {
+             const int* __restrict__ tensors, int count, const float* __restrict__ rates,
+             const float* __restrict__ norm) {
     int own = -1;  // the last tensor whose first block is not behind this one; a lane looks at one
     for (int first = 0; first < count; first += WARP) {
         const int other = first + threadIdx.x % WARP;
@@ -30,8 +29,7 @@ adamw_kernel(float* __restrict__ params, const float* __restrict__ grads, float*
     m += tensor[2];
     v += tensor[2];
     const size_t n = tensor[3];
-    const AdamwRates r = {__int_as_float(tensor[4]), __int_as_float(tensor[5]), __int_as_float(tensor[6]),
-                          __int_as_float(tensor[7]), __int_as_float(tensor[8]), __int_as_float(tensor[9])};
+    const AdamwRates r = adamw_rates(rates + tensor[4] * RATES, norm);
     const size_t pack = (size_t)(blockIdx.x - tensor[0]) * blockDim.x + threadIdx.x;
     if (4 * pack + 4 <= n && aligned(params, grads, m, v)) {
         Pack<4> p4 = load<4>(params, pack), m4 = load<4>(m, pack), v4 = load<4>(v, pack);

@@ -10,7 +10,9 @@
 //
 // attention_decode: few queries, many keys; a block takes one query, and lanes take turns at its keys
 //   v1 attention_forward                          of a tile of 64 queries 63 are idle work
-//   v2 one block a query (this)                   reads a key and a value once, several loads in flight a lane
+//   v2 one block a query                          reads a key and a value once, several loads in flight a lane
+//   v3 several blocks for many keys (this)        12 heads would leave 120 of 132 multiprocessors idle;
+//                                                 attention_join.cu joins the parts
 //
 // attention_dkdv, attention_dq: scores again from q, k and lse. A block writes what no other one writes
 //   v1 one pass over tiles of keys                5 products, but dq needs float atomics: new bits every time
@@ -152,10 +154,13 @@ attention_forward_128_kernel(float* __restrict__ out, float* __restrict__ lse, c
 
 // --- decoding --------------------------------------------------------------------------------------------------------
 
-// HS / 4 lanes share a key. each such group has a softmax of its own, over every SHARES-th key; these are joined last
+// HS / 4 lanes share a key. each such group has a softmax of its own, over every SHARES-th key; these are joined last.
+// `further` is memory: a CUDA graph serves every position, with blocks for all of the T rows that qkv has, of which
+// those behind the query find no key. of several parts of `keys_of_part` keys a block writes what it found to part_sums (parts,B*n,C) and part_softmax
+// (parts,B,n,NH,2), else out and lse
 template <int HS, int THREADS>
-__device__ __forceinline__ void decode_query(float* out, float* lse, const float* qkv, int T, int NH, int hs,
-                                             int start) {
+__device__ __forceinline__ void decode_query(float* out, float* lse, float* part_sums, float* part_softmax,
+                                             const float* qkv, int T, int NH, int hs, int start, int keys_of_part) {
     constexpr int LANES = HS / 4, SHARES = THREADS / LANES;
     constexpr int N = 4;  // keys of a group at a time: loads in flight
     __shared__ Pack<4> share_sums[SHARES][LANES];
@@ -165,6 +170,7 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, const float
     const int C = NH * hs, stride = 3 * C;
     const size_t b = blockIdx.x / NH, h = blockIdx.x % NH;
     const int query = start + blockIdx.y;
+    const int begin = blockIdx.z * keys_of_part, end = min(begin + keys_of_part, query + 1);
     const bool packed = hs % 4 == 0 && aligned(qkv);
     const float scale = LOG2E / sqrtf(hs);
     const float* queries = qkv + b * T * stride + h * hs;
@@ -174,13 +180,13 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, const float
     const Pack<4> q = load_columns(queries + (size_t)query * stride, lane * 4, hs, packed);
     Pack<4> sums = zeros<4>();
     float top = MINUS_INFINITY, total = 0.0f;
-    for (int first = share; first - share <= query; first += N * SHARES) {
+    for (int first = begin + share; first - share < end; first += N * SHARES) {
         Pack<4> value[N];
         float p[N];
 #pragma unroll
         for (int n = 0; n < N; n++) {
             const int key = first + n * SHARES;
-            const int columns = key <= query ? hs : 0;  // nothing is read of other keys
+            const int columns = key < end ? hs : 0;  // nothing is read of other keys
             const Pack<4> k = load_columns(keys + (size_t)key * stride, lane * 4, columns, packed);
             value[n] = load_columns(values + (size_t)key * stride, lane * 4, columns, packed);
             p[n] = 0.0f;
@@ -190,7 +196,7 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, const float
 #pragma unroll
         for (int n = 0; n < N; n++) {
             p[n] = group_sum<LANES>(p[n]);
-            p[n] = first + n * SHARES <= query ? p[n] * scale : MINUS_INFINITY;
+            p[n] = first + n * SHARES < end ? p[n] * scale : MINUS_INFINITY;
             top = fmaxf(top, p[n]);
         }
         const float shrink = top == before ? 1.0f : exp2f(before - top);  // -inf - -inf, without a key yet, is NaN
@@ -212,24 +218,34 @@ __device__ __forceinline__ void decode_query(float* out, float* lse, const float
     float result = 0.0f;
     total = 0.0f;
     for (int s = 0; s < SHARES; s++) {
-        const float weight = exp2f(share_top[s] - top);
+        const float weight = share_top[s] == MINUS_INFINITY ? 0.0f : exp2f(share_top[s] - top);
         total += weight * share_total[s];
         result += weight * share_sums[s][threadIdx.x / 4].at[threadIdx.x % 4];
     }
-    out[(b * (T - start) + blockIdx.y) * C + h * hs + threadIdx.x] = result / total;
-    if (threadIdx.x == 0) { lse[(b * NH + h) * (T - start) + blockIdx.y] = LN2 * (top + log2f(total)); }
+    const int n = gridDim.y;  // queries
+    const size_t row = (b * n + blockIdx.y) * NH + h;
+    if (gridDim.z == 1) {
+        out[row * hs + threadIdx.x] = result / total;
+        if (threadIdx.x == 0) { lse[(b * NH + h) * n + blockIdx.y] = LN2 * (top + log2f(total)); }
+    } else {
+        const size_t of_part = (size_t)blockIdx.z * gridDim.x * gridDim.y + row;
+        part_sums[of_part * hs + threadIdx.x] = result;
+        if (threadIdx.x == 0) { part_softmax[2 * of_part] = top, part_softmax[2 * of_part + 1] = total; }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-attention_decode_64_kernel(float* __restrict__ out, float* __restrict__ lse, const float* __restrict__ qkv,
-                           int T, int NH, int hs, int start) {
-    decode_query<64, 256>(out, lse, qkv, T, NH, hs, start);
+attention_decode_64_kernel(float* __restrict__ out, float* __restrict__ lse, float* __restrict__ part_sums,
+                           float* __restrict__ part_softmax, const float* __restrict__ qkv, int T, int NH, int hs,
+                           int start, const int* __restrict__ further, int keys_of_part) {
+    decode_query<64, 256>(out, lse, part_sums, part_softmax, qkv, T, NH, hs, start + *further, keys_of_part);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-attention_decode_128_kernel(float* __restrict__ out, float* __restrict__ lse, const float* __restrict__ qkv,
-                            int T, int NH, int hs, int start) {
-    decode_query<128, 256>(out, lse, qkv, T, NH, hs, start);
+attention_decode_128_kernel(float* __restrict__ out, float* __restrict__ lse, float* __restrict__ part_sums,
+                            float* __restrict__ part_softmax, const float* __restrict__ qkv, int T, int NH, int hs,
+                            int start, const int* __restrict__ further, int keys_of_part) {
+    decode_query<128, 256>(out, lse, part_sums, part_softmax, qkv, T, NH, hs, start + *further, keys_of_part);
 }
 
 // --- backward --------------------------------------------------------------------------------------------------------

@@ -1,20 +1,8 @@
 """Launchers of attention_tensor.cu: attention.py takes them where there are tensor cores for TF32."""
 
 from kernels.cuda.runtime.grid import TILE_THREADS, ceil_div
-from kernels.cuda.runtime.runtime import AMPERE
 
 ROWS = {64: 128, 128: 64}  # padded head size: rows of a block
-# compute capabilities whose tensor cores do TF32 at more than three times the rate of FMAs, A100, H100, B200: NVIDIA's
-# data sheets. Of others it is once (RTX 30, 40, 50) or twice (L4, L40S), so that three products would take longer
-FAST_TF32 = {(8, 0), (9, 0), (10, 0), (10, 3)}
-# compute capabilities of cards on which pytest -m gpu has passed with these kernels: none yet, so no run takes them
-TRIED_ON: set[tuple[int, int]] = set()
-
-
-def takes_tensor_cores(cuda) -> bool:
-    """Whether the GPU uses these kernels: with TF32 wherever it was tried, else where 3xTF32 is faster as well."""
-    worth_it = cuda.capability >= AMPERE if cuda.tf32 else cuda.capability in FAST_TF32
-    return worth_it and cuda.capability in TRIED_ON
 
 
 def tensor_forward(cuda, out, lse, qkv, NH, start, size):

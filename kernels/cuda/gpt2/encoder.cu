@@ -7,7 +7,7 @@
 //                                others leave. 4 N^2 bytes of token ids are compared, out of the cache; dout is read once
 // encoder_backward_wpe_kernel: one thread a pack of dwpe, over the batch in order
 
-// out (N,C) = wte[inp] + wpe[start + position]; N = B*T. a token id outside 0..Vp-1 gives a row of NaN
+// out (N,C) = wte[inp] + wpe[start + *further + position]; N = B*T. a token id outside 0..Vp-1 gives a row of NaN
 template <int W>
 __device__ __forceinline__ void encode(float* out, int token, const float* wte, const float* wpe, size_t n, int t,
                                        int C, int Vp) {
@@ -26,13 +26,14 @@ __device__ __forceinline__ void encode(float* out, int token, const float* wte, 
 
 extern "C" __global__ void __launch_bounds__(256)
 encoder_forward_kernel(float* __restrict__ out, const int* __restrict__ inp, const float* __restrict__ wte,
-                       const float* __restrict__ wpe, int N, int T, int C, int Vp, int start) {
+                       const float* __restrict__ wpe, int N, int T, int C, int Vp, int start,
+                       const int* __restrict__ further) {
     const int n = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     if (n >= N) { return; }
     if (C % 4 == 0 && aligned(out, wte, wpe)) {
-        encode<4>(out, inp[n], wte, wpe, n, start + n % T, C, Vp);
+        encode<4>(out, inp[n], wte, wpe, n, start + *further + n % T, C, Vp);
     } else {
-        encode<1>(out, inp[n], wte, wpe, n, start + n % T, C, Vp);
+        encode<1>(out, inp[n], wte, wpe, n, start + *further + n % T, C, Vp);
     }
 }
 

@@ -1,12 +1,14 @@
 """Launchers of encoder.cu."""
 
+from kernels.cuda.gpt2.append_rows import position
 from kernels.cuda.runtime.grid import ceil_div, packs_of_four, threads_for, warp_a_row
 
 
 def encoder_forward(cuda, out, inp, wte, wpe, start=0):
     """As kernels.cpu.gpt2.encoder.encoder_forward, but a token id outside 0..Vp-1 gives a row of NaN, no error."""
     (B, T), (Vp, C) = inp.shape, wte.shape
-    cuda.launch("encoder_forward_kernel", *warp_a_row(B * T), (out, inp, wte, wpe, B * T, T, C, Vp, start))
+    args = (out, inp, wte, wpe, B * T, T, C, Vp, *position(cuda, start))
+    cuda.launch("encoder_forward_kernel", *warp_a_row(B * T), args)
 
 
 def encoder_backward(cuda, dwte, dwpe, dout, inp):

@@ -1,6 +1,7 @@
-// global_norm.cu: the sum of squares of the whole gradient (kernels/cpu/gpt2/global_norm.py)
+// global_norm.cu: the norm of the whole gradient (kernels/cpu/gpt2/global_norm.py)
 //
-// A fixed number of blocks, each of which leaves one number; the host adds those up in their order, in double.
+// A fixed number of blocks, each of which leaves one number; one more block adds those up. It stays on the device, where
+// AdamW reads it, so that clipping waits for nothing.
 
 // partial (gridDim.x) from values (n)
 extern "C" __global__ void __launch_bounds__(512)
@@ -19,4 +20,14 @@ sum_of_squares_kernel(float* __restrict__ partial, const float* __restrict__ val
     for (size_t i = 4 * packs + thread; i < n; i += threads) { total += values[i] * values[i]; }
     total = block_sum(total, shared);
     if (threadIdx.x == 0) { partial[blockIdx.x] = total; }
+}
+
+// norm (1) from partial (count)
+extern "C" __global__ void __launch_bounds__(512)
+norm_kernel(float* __restrict__ norm, const float* __restrict__ partial, int count) {
+    __shared__ float shared[512 / WARP];
+    float total = 0.0f;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) { total += partial[i]; }
+    total = block_sum(total, shared);
+    if (threadIdx.x == 0) { norm[0] = sqrtf(total); }
 }

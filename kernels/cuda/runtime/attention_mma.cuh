@@ -3,27 +3,11 @@
 // What passes a warp's rows: tiles in shared memory on their way from the rows of heads, products of a tile with rows
 // and of weights with a tile, and what is not finite in it. Layouts are told in attention_tensor.cu.
 
-// older GPUs, which launchers do not give these kernels, need not compile the fallbacks of mma.cuh
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define FOR_TENSOR_CORES(...)
-#else
-#define FOR_TENSOR_CORES(...) __VA_ARGS__
-#endif
-
 template <int HS> constexpr int CHUNKS = HS / 4;           // of 16 bytes, of a row
 template <int HS> constexpr int STRIDE = CHUNKS<HS> + 1;   // of rows in shared memory, in chunks
 template <int COLUMNS, int M> using Sums = float[M][COLUMNS / 8][4];  // of M x 16 rows
 
 __device__ __forceinline__ bool finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
-
-// a float of memory as it is kept, and what was kept as an operand: rounded once, or split at each use
-template <bool EXACT> __device__ __forceinline__ float kept(float x) {
-    return EXACT ? x : __uint_as_float(to_tf32(x));
-}
-template <bool EXACT> __device__ __forceinline__ Tf32 operand(float x) {
-    if (EXACT) { return split_tf32<true>(x); }
-    return {__float_as_uint(x), 0u};
-}
 
 // operand a, M x 16 rows of a head, for HS / 8 products; in registers, or SHARED, where a lane reads what it wrote itself
 template <int HS, int M, bool SHARED> struct Rows {

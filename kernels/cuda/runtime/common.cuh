@@ -183,10 +183,42 @@ __device__ __forceinline__ Band band_of_row(int row, int rows, int columns, int 
     return band;
 }
 
-// AdamW's settings at one update, with the bias corrections folded in: kernels/cuda/gpt2/adamw.py, rates
+// what rows row0 .. row0 + count - 1 keep together; both ends are multiples of 4, or the last column
+__device__ __forceinline__ Band band_of_rows(int row0, int count, int rows, int columns, int bandwidth) {
+    Band band = band_of_row(row0, rows, columns, bandwidth);  // both ends of the band move on with the row
+    band.start &= ~3;
+    band.stop = band_of_row(min(row0 + count, rows) - 1, rows, columns, bandwidth).stop;
+    band.stop = min((band.stop + 3) & ~3, columns);
+    return band;
+}
+
+// the first tile of rows whose expert is `expert` or a later one; experts ascend, -1, the largest unsigned number, is
+// the last
+__device__ __forceinline__ int first_tile(const int* tile_expert, int tiles, unsigned expert) {
+    int low = 0, high = tiles;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if ((unsigned)tile_expert[middle] < expert) {
+            low = middle + 1;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+// AdamW's settings at one update, with the bias corrections folded in: kernels/cpu/gpt2/adamw.py, adamw_rates. They
+// come from memory, not by value, as a CUDA graph keeps what it was given by value
 struct AdamwRates {
     float rate, one_minus_beta1, one_minus_beta2, eps, decay, grad_scale;
 };
+
+// rates (6), the last of them the largest norm that gradients may have, 0: any; norm (1)
+__device__ __forceinline__ AdamwRates adamw_rates(const float* rates, const float* norm) {
+    const float clip = rates[5];
+    const float scale = clip > 0.0f && norm[0] > clip ? clip / norm[0] : 1.0f;
+    return {rates[0], rates[1], rates[2], rates[3], rates[4], scale};
+}
 
 __device__ __forceinline__ void update_adamw(float& p, float g, float& m, float& v, AdamwRates r) {
     g *= r.grad_scale;

@@ -14,7 +14,7 @@
 // float on tensor cores, versions:
 //   v1 operands as they are           mma ignores the lower 13 bits: off by up to 2^-10, always towards zero
 //   v2 rounded to nearest (TF32)      off by up to 2^-11, to both sides
-//   v3 high and low part, 3 products  off by up to 2^-21: float32's accuracy at a third of the rate (3xTF32)
+//   v3 high and low part, 3 products  off by up to 2^-20: float32's accuracy at a third of the rate (3xTF32)
 //
 // Before sm_80, and where g++ compiles this, the same by shuffles and plain copies.
 
@@ -22,6 +22,13 @@
 #define TENSOR_CORES 1
 #else
 #define TENSOR_CORES 0
+#endif
+
+// older GPUs, which launchers do not give kernels for tensor cores, need not compile the fallbacks
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define FOR_TENSOR_CORES(...)
+#else
+#define FOR_TENSOR_CORES(...) __VA_ARGS__
 #endif
 
 // --- operands --------------------------------------------------------------------------------------------------------
@@ -38,16 +45,26 @@ __device__ __forceinline__ unsigned to_tf32(float x) {
 #endif
 }
 
-// x = high + low; without EXACT there is no low part
+// x = high + low, exactly; without EXACT high is x, rounded, and there is no low part
 struct Tf32 {
     unsigned high, low;
 };
 
+// of EXACT parts mma drops the lower 13 bits: of low that is two bits at most, 2^-21 of x. Rounding high and low would
+// take seven operations in place of two, and a kernel splits a value as often as its warps read it
 template <bool EXACT> __device__ __forceinline__ Tf32 split_tf32(float x) {
-    Tf32 parts;
-    parts.high = to_tf32(x);
-    parts.low = EXACT ? to_tf32(x - __uint_as_float(parts.high)) : 0u;
-    return parts;
+    if (!EXACT) { return {to_tf32(x), 0u}; }
+    const unsigned high = __float_as_uint(x) & 0xffffe000u;
+    return {high, __float_as_uint(x - __uint_as_float(high))};
+}
+
+// a float of memory as it is kept, and what was kept as an operand: rounded once, or split at each use
+template <bool EXACT> __device__ __forceinline__ float kept(float x) {
+    return EXACT ? x : __uint_as_float(to_tf32(x));
+}
+template <bool EXACT> __device__ __forceinline__ Tf32 operand(float x) {
+    if (EXACT) { return split_tf32<true>(x); }
+    return {__float_as_uint(x), 0u};
 }
 
 // two floats as a word of bf16; to nearest, ties to even

@@ -11,11 +11,14 @@ if __name__ == "__main__":
 
     startup.begin()
 
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from kernels.cpu.band.band_mask import band_columns, band_count
 from kernels.cuda.band.band_matmul import COLUMNS, ROWS
+from kernels.cuda.band.band_matmul_tensor import GRADIENT_TILES, gradient_tiles
+from kernels.cuda.gpt2.matmul_tensor import parts_of
 from kernels.cuda.runtime import source
 from llmc.cli import ArgumentParser
 from llmc.errors import run
@@ -44,6 +47,7 @@ class Row(NamedTuple):
 
 # FLOP counts an addition, a multiplication, exp, log, tanh, sqrt and a division as one each
 ROWS_OF_TABLE = [
+    Row("append_rows_kernel", "0", "6*B*C", "", "0"),
     Row("encoder_forward_kernel", "1", "2*N*C + T*C + N", "2*N*C + N*C + N", "N*C"),
     Row("encoder_backward_wte_kernel", "1", "3*N*C + N", "3*N*C + N*N", "N*C"),
     Row("encoder_backward_wpe_kernel", "1", "N*C + 2*T*C", "", "N*C"),
@@ -53,6 +57,17 @@ ROWS_OF_TABLE = [
     Row("column_sum_kernel (layernorm)", "2*L + 1", "2*(min(N, 512) + 2)*C", "", "2*min(N, 512)*C"),
     Row("column_sum_kernel (bias)", "4*L", "(N + 2)*C9/4", "", "N*C9/4"),
     Row("add_bias_kernel", "4*L", "2*N*C9/4", "", "N*C9/4"),
+    Row(
+        "matmul_forward_3xtf32_kernel",
+        "0",
+        "5*N*C + 4*C*C",
+        "N*4*C*C*(1/64 + 1/128) + N*4*C",
+        "2*N*4*C*C",
+        3,
+    ),
+    Row("matmul_dinp_3xtf32_kernel", "0", "5*N*C + 4*C*C", "N*4*C*C*(1/64 + 1/128) + N*C", "2*N*4*C*C", 3),
+    Row("matmul_dweight_3xtf32_kernel", "0", "5*N*C + 4*C*C", "N*4*C*C*(1/64 + 1/128) + 4*C*C", "2*N*4*C*C", 3),
+    Row("matmul_join_kernel", "0", "5*C*C", "", "4*C*C"),
     Row("gelu_forward_kernel", "L", "2*N*4*C", "", "9*N*4*C"),
     Row("gelu_backward_kernel", "L", "3*N*4*C", "", "20*N*4*C"),
     Row("attention_forward_64_kernel", "L", "4*N*C + N*NH", "2*N*C + N*C*(T/64 + 1) + N*NH", "2*N*C*(T + 1)"),
@@ -107,7 +122,9 @@ ROWS_OF_TABLE = [
         "4*N*C*(T + 1)",
         1,
     ),
-    Row("attention_decode_64_kernel", "0", "2*B*T*C + 2*B*C", "", "4*B*T*C"),
+    Row("attention_decode_64_kernel", "0", "2*B*T*C + 2*B*C", "2*B*T*C + B*(C + 2*NH)*T/128 + B*C", "4*B*T*C"),
+    Row("attention_join_kernel", "0", "B*(C + 2*NH)*T/128 + B*C + B*NH", "", "2*B*C*T/128"),
+    Row("matmul_row_kernel", "0", "3*C*C + 7*C", "", "6*C*C + 3*C"),
     Row("rope_kernel", "0", "2*N*4*R", "", "3*N*4*R"),
     Row("rmsnorm_forward_kernel", "0", "2*N*r + r + N", "", "4*N*r"),
     Row("rmsnorm_backward_kernel", "0", "3*N*r + r + N", "3*N*r + min(N, 512)*r + r + N", "9*N*r"),
@@ -117,7 +134,6 @@ ROWS_OF_TABLE = [
     Row("mla_absorb_kernel", "0", "(C - NH*R)*(r + 1) + NH*(D + R)", "", "2*(C - NH*R)*r + 3*NH*R"),
     Row("mla_expand_kernel", "0", "C*(r + 1) + NH*r", "", "2*C*r"),
     Row("latent_attention_kernel", "0", "T*D + NH*(D + r)", "2*T*D + NH*(D + r)*T/128", "2*T*NH*(D + r)"),
-    Row("latent_combine_kernel", "0", "NH*(r + 2)*T/128 + NH*r", "", "2*NH*r*T/128"),
     Row("inverse_count_kernel", "0", "N*k + 33*N", "2*N*k + 33*N", "0"),
     Row("inverse_sum_kernel", "0", "65*N", "97*N", "0"),
     Row("inverse_place_kernel", "0", "2*N*k + 65*N", "4*N*k + N", "0"),
@@ -194,6 +210,12 @@ ROWS_OF_TABLE = [
     Row("expert_matmul_forward_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C*(1/128 + 1/64) + A*4*C", "2*A*4*C*C"),
     Row("expert_matmul_dinp_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C*(1/128 + 1/64) + A*C", "2*A*4*C*C"),
     Row("expert_matmul_dweight_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C*(1/128 + 1/64) + E*4*C*C", "2*A*4*C*C"),
+    Row("expert_matmul_forward_3xtf32_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C/32 + A*4*C", "2*A*4*C*C", 3),
+    Row("expert_matmul_dinp_3xtf32_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C/32 + A*C", "2*A*4*C*C", 3),
+    Row("expert_matmul_dweight_3xtf32_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C/32 + E*4*C*C", "2*A*4*C*C", 3),
+    Row("expert_matmul_forward_tf32_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C/32 + A*4*C", "2*A*4*C*C", 1),
+    Row("expert_matmul_dinp_tf32_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C/32 + A*C", "2*A*4*C*C", 1),
+    Row("expert_matmul_dweight_tf32_kernel", "0", "5*A*C + E*4*C*C", "A*4*C*C/32 + E*4*C*C", "2*A*4*C*C", 1),
     Row("residual_forward_kernel", "0", "3*N*C", "", "N*C"),
     Row("depth_fusion_kernel", "0", "2*N*C + Dp*Dp", "2*N*C + 512*Dp*Dp", "2*N*C*Dp"),
     Row("depth_fusion_backward_kernel", "0", "3*N*C + 2*Dp*Dp", "3*N*C + 1024*Dp*Dp", "4*N*C*Dp"),
@@ -220,10 +242,19 @@ ROWS_OF_TABLE = [
     Row("adamw_kernel", "1", "7*P", "", "14*P"),
     Row("band_adamw_kernel", "0", "7*L*K", "", "14*L*K"),
     Row("sum_of_squares_kernel", "0", "P", "", "2*P"),
+    Row("norm_kernel", "0", "513", "", "512"),
     Row("band_mask_kernel", "0", "L*(4*C*C - K)", "", "0"),
     Row("band_matmul_forward_kernel", "0", "5*N*C + K", "N*A1/64 + A1*N/128 + N*4*C", "2*N*A1"),
     Row("band_matmul_dinp_kernel", "0", "5*N*C + K", "N*A2/64 + A2*N/128 + N*C", "2*N*A2"),
     Row("band_matmul_dweight_kernel", "0", "5*N*C + K", "N*A3/64 + A3*N/128 + K", "2*N*A3"),
+    Row("band_matmul_forward_3xtf32_kernel", "0", "5*N*C + K", "N*A1/64 + A1*N/64 + N*4*C", "2*N*A1", 3),
+    Row("band_matmul_dinp_3xtf32_kernel", "0", "5*N*C + K", "N*A2/64 + A2*N/64 + N*C", "2*N*A2", 3),
+    Row("band_matmul_dweight_3xtf32_kernel", "0", "5*N*C + S3*G3", "N*G3*(1/64 + 1/128) + S3*G3", "2*N*A4", 3),
+    Row("band_matmul_join_3xtf32_kernel", "0", "S3*G3 + K", "", "S3*G3"),
+    Row("band_matmul_forward_tf32_kernel", "0", "5*N*C + K", "N*A1/64 + A1*N/128 + N*4*C", "2*N*A1", 1),
+    Row("band_matmul_dinp_tf32_kernel", "0", "5*N*C + K", "N*A2/64 + A2*N/128 + N*C", "2*N*A2", 1),
+    Row("band_matmul_dweight_tf32_kernel", "0", "5*N*C + S1*G1", "N*G1*(1/96 + 1/128) + S1*G1", "2*N*A4", 1),
+    Row("band_matmul_join_tf32_kernel", "0", "S1*G1 + K", "", "S1*G1"),
     Row("cuBLAS, forward", "1", "L*(N*16*C + 12*C*C) + N*C + N*Vp + Vp*C", "", "2*N*(12*L*C*C + Vp*C)"),
     Row("cuBLAS, backward", "1", "2*(L*(N*16*C + 12*C*C) + N*C + N*Vp + Vp*C)", "", "4*N*(12*L*C*C + Vp*C)"),
 ]
@@ -254,6 +285,11 @@ def sizes(
     names["A1"] = covered(4 * C, C, w, COLUMNS)
     names["A2"] = covered(C, 4 * C, w, COLUMNS)
     names["A3"] = covered(4 * C, C, w, ROWS, COLUMNS)
+    names["A4"] = covered(4 * C, C, w, GRADIENT_TILES["tf32"][0])
+    for products, digit in (("tf32", 1), ("3xtf32", 3)):  # tiles of gradients, and the parts of their sums
+        *_, used = gradient_tiles(products, C, w)
+        names[f"G{digit}"] = used * prod(GRADIENT_TILES[products])
+        names[f"S{digit}"] = parts_of(B * T, used)[0]
     return names
 
 
@@ -288,11 +324,11 @@ def with_table(text: str) -> str:
 
 
 def kernels_without_row() -> set[str]:
-    """Kernels that the table forgets; those for wider heads or rows, or a permuted band, count with GPT-2 124M's."""
+    """Kernels of ops that the table forgets; those for wider heads or rows, or a permuted band, count with GPT-2
+    124M's."""
     listed = {row.kernel.partition(" ")[0] for row in ROWS_OF_TABLE}
-    return {
-        name.replace("_128_", "_64_").replace("_wide_", "_").replace("_placed_", "_") for name in source.kernels()
-    } - listed
+    ops = [name for name, kernel in source.kernels().items() if kernel.path.parent != source.FOLDER / "runtime"]
+    return {name.replace("_128_", "_64_").replace("_wide_", "_").replace("_placed_", "_") for name in ops} - listed
 
 
 def main(argv: list[str] | None = None) -> int:

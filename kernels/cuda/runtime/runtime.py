@@ -10,6 +10,9 @@
     cupy.cuda.alloc_pinned_memory(size)
     cupy.cuda.Event(disable_timing=)
     cupy.cuda.Event: record(), synchronize()
+    cupy.cuda.Stream(non_blocking=), cupy.cuda.get_current_stream()
+    cupy.cuda.Stream: ptr, use(), begin_capture(), end_capture()
+    cupy.cuda.Graph: launch()
     cupy.cuda.get_cublas_handle()
     cupy.cuda.cublas: sgemm, setMathMode, CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_DEFAULT_MATH
     cupy.cuda.runtime: getDevice(), getDeviceProperties(device), memGetInfo(), deviceSynchronize()
@@ -18,11 +21,14 @@ and what launchers and trainers, which never import it, do with its arrays (test
 
     cupy.ndarray: size, data.ptr, fill(value), reshape(shape), __len__(), __getitem__(integers and slices)
 
-Everything runs in order on CuPy's current stream. No arithmetic is CuPy's own, which would allocate its results and
-launch kernels that nobody here has read. Which GPU is used, CUDA_VISIBLE_DEVICES says.
+Everything runs in order on CuPy's current stream, which is made one that can be captured; the default one cannot.
+cuBLAS is called by ctypes where its library is found: CuPy's own calls refuse to be captured. No arithmetic is CuPy's
+own, which would allocate its results and launch kernels that nobody here has read. Which GPU is used,
+CUDA_VISIBLE_DEVICES says.
 """
 
 import atexit
+import ctypes
 import math
 import operator
 import os
@@ -30,8 +36,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +58,16 @@ OPT_IN_AT_LEAST = 99  # what a later one than these has, it is assumed
 MAX_INT = 2**31 - 1  # cuBLAS counts rows and columns in ints
 AMPERE = (8, 0)  # compute capability from which on there is TF32
 CUBLAS_TF32_TENSOR_OP_MATH = 3  # cublas_api.h, cublasMath_t; CuPy 14 has no name for it
+WORKSPACE = 32 << 20  # bytes for cuBLAS: the most that its documentation asks for, on Hopper
 
 PROBE = """extern "C" __global__ void __launch_bounds__(32) probe_kernel(float* out, float step, int N) {
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i < N) { out[i] = i * step - 1.0f; }
 }
 """
+
+
+_workspaces = []  # cuBLAS has their addresses, as long as its handle lives: to the end
 
 
 class CudaError(UserError):
@@ -96,6 +106,7 @@ class Runtime:
         self._cupy = import_cupy()
         self._kernels = {name: kernel for folder in folders for name, kernel in source.kernels(folder).items()}
         self._functions, self._buffers, self._views, self._pinned, self._readbacks = {}, {}, {}, {}, {}
+        self._constants = {}
         self.name = "the GPU"
         try:
             self._open(tf32)
@@ -109,14 +120,46 @@ class Runtime:
         self.name = properties["name"].decode()
         self.capability = properties["major"], properties["minor"]
         self.tf32 = tf32 and self.capability >= AMPERE
+        current = self._cupy.cuda.get_current_stream()
+        self._stream = current if current.ptr else self._cupy.cuda.Stream(non_blocking=True)
+        self._stream.use()
         self._cublas, cublas = self._cupy.cuda.get_cublas_handle(), self._cupy.cuda.cublas
         # the default mode never rounds float32 operands
         cublas.setMathMode(self._cublas, CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)
-        self._sgemm, self._operations = cublas.sgemm, (cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T)
+        self._operations = cublas.CUBLAS_OP_N, cublas.CUBLAS_OP_T
+        self._sgemm = self._sgemm_by_ctypes() or cublas.sgemm
+        self._captures = self._sgemm is not cublas.sgemm
         # cuBLAS reads alpha and beta from the host before its call returns: the pointer mode that a handle starts with
         # and that nobody changes
         self._alpha, self._beta = np.ones(1, np.float32), np.zeros(1, np.float32)
         self._alpha_address, self._beta_address = self._alpha.ctypes.data, self._beta.ctypes.data
+
+    def _sgemm_by_ctypes(self) -> Callable | None:
+        """cublasSgemm on the runtime's stream, with a workspace of its own; None where cuBLAS's library is not found.
+
+        For products of a graph and all others alike, so that cuBLAS chooses the same kernels for both.
+        """
+        library = loaded_cublas()
+        if library is None:
+            return None
+
+        def function(name: str, *types) -> Callable:
+            own = getattr(library, name)
+            own.argtypes, own.restype = (ctypes.c_void_p, *types), ctypes.c_int
+
+            def call(*arguments):
+                if status := own(*arguments):
+                    raise RuntimeError(f"{name}: status {status}")
+
+            return call
+
+        number, address = ctypes.c_int, ctypes.c_void_p
+        _workspaces.append(self._cupy.empty(WORKSPACE, np.uint8))
+        # setting the stream gives the handle cuBLAS's own workspace back: it comes first
+        function("cublasSetStream_v2", address)(self._cublas, self._stream.ptr)
+        function("cublasSetWorkspace_v2", address, ctypes.c_size_t)(self._cublas, _workspaces[-1].data.ptr, WORKSPACE)
+        matrix = address, number
+        return function("cublasSgemm_v2", *[number] * 5, address, *matrix, *matrix, address, *matrix)
 
     def _probe(self):
         """A small kernel and a small product, both exact in float32 and in TF32. Raises RuntimeError if wrong."""
@@ -211,6 +254,13 @@ class Runtime:
             views[shape, dtype] = self._cupy.ndarray(shape, dtype, memptr=self._buffers[key].data)
         return views[shape, dtype]
 
+    def constant(self, values: np.ndarray):
+        """An array of these values, which nobody writes to; made once for the same values."""
+        key = values.tobytes(), values.shape, values.dtype
+        if key not in self._constants:
+            self._constants[key] = self.to_device(values)
+        return self._constants[key]
+
     def synchronize(self) -> None:
         """Wait until the GPU has done all that it was given. Raises CudaError."""
         with explained("waiting for the GPU"):
@@ -233,6 +283,32 @@ class Runtime:
 
     # ------------------------------------------------------------------------------------------------------------------
     # kernels
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A function that enqueues what work() enqueues, as one CUDA graph; now nothing of it is enqueued.
+
+        work launches, multiplies and fills what it has launched, multiplied and filled before, as compiling and
+        allocating are no part of a graph; its arrays live as long as the function does. Raises CudaError where work
+        copies or waits, or CUDA refuses; the GPU then goes on as before.
+        """
+        what = "capturing a CUDA graph"
+        if not self._captures:
+            raise CudaError(f"{what}: the library of cuBLAS that CuPy has loaded was not found", None)
+        with explained(what):
+            self._stream.begin_capture()
+            try:
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # of a capture that is no longer valid; it is over all the same
+                    self._stream.end_capture()
+                raise
+            graph = self._stream.end_capture()
+        return partial(self._launch_graph, graph, dict(self._buffers))
+
+    def _launch_graph(self, graph, scratch: dict) -> None:
+        """Enqueue a graph; `scratch` are the buffers that it uses, kept for it when the runtime has larger ones."""
+        with explained("launching a CUDA graph"):
+            graph.launch()
 
     def launch(self, kernel: str, grid, block, args, shared_mem: int = 0) -> None:
         """Launch a kernel of the .cu files.
@@ -299,9 +375,9 @@ class Runtime:
             raise ValueError(f"gemm: {product} does not fit {shown(out)}")
         # cuBLAS reads by columns, where a row-major matrix is its own transpose, with rows as leading dimension. so it
         # is asked for out.T = op(b).T @ op(a).T: operands change places and keep their flags.
-        # sgemm is called itself because it has nothing to copy or allocate with. cupy.cublas.gemm gets to this call
-        # too, through two NumPy scalars and three calls about the pointer mode, and for operands of another order
-        # through silent copies; cupy.matmul knows no beta
+        # sgemm is called itself because it has nothing to copy or allocate with. cupy.cublas.gemm gets to it by way of
+        # two NumPy scalars, three calls about the pointer mode and, for operands of another order, silent copies;
+        # cupy.matmul knows no beta
         op_a, op_b = self._operations[transa], self._operations[transb]
         operands = (b.data.ptr, b.shape[1], a.data.ptr, a.shape[1])
         self._beta[0] = beta
@@ -346,6 +422,16 @@ def import_cupy():
     except Exception as error:  # its libraries, its folders, its version of NumPy: all fail in ways of their own
         raise NoDevice(f"CuPy does not load: {one_line(error)}") from error
     return cupy
+
+
+def loaded_cublas() -> ctypes.CDLL | None:
+    """The library of cuBLAS that CuPy has loaded; None where the system does not say which (Linux does)."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = [line.split(maxsplit=5)[5].strip() for line in maps if "/libcublas.so" in line]
+        return ctypes.CDLL(paths[0]) if paths else None
+    except OSError:
+        return None
 
 
 def _changed(folder: str) -> int:

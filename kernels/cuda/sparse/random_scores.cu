@@ -9,14 +9,14 @@ __device__ __forceinline__ unsigned mix(unsigned bits) {
     return bits ^ bits >> 16;
 }
 
-// scores (B,R,S); grid (ceil(S / threads), R)
+// scores (B,R,S), seed (1); grid (ceil(S / threads), R)
 extern "C" __global__ void __launch_bounds__(256)
-random_scores_kernel(float* __restrict__ scores, size_t seed, int B, int R, int S, int first) {
+random_scores_kernel(float* __restrict__ scores, const int* __restrict__ seed, int B, int R, int S, int first) {
     const int s = blockIdx.x * blockDim.x + threadIdx.x;
     if (s >= S) { return; }
     for (int r = blockIdx.y; r < R; r += gridDim.y) {
         const unsigned t = first + r;
-        const unsigned bits = mix(mix(mix((unsigned)seed) + t) + 0x9E3779B1u * s);
+        const unsigned bits = mix(mix(mix((unsigned)seed[0]) + t) + 0x9E3779B1u * s);
         const float x = s <= (int)t ? (bits >> 8) * 0x1p-24f : MINUS_INFINITY;
         for (int b = 0; b < B; b++) { scores[((size_t)b * R + r) * S + s] = x; }
     }
