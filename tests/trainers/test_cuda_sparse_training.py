@@ -12,7 +12,7 @@ from test_sparse_model import CONFIGS, SPARSE, batch, tiny_model
 
 import train_sparse_attn
 from kernels import cuda
-from systems.selection import measure
+from systems.selection import measure_rows
 
 pytestmark = pytest.mark.launches("gpt2", "sparse", "deepseek")
 
@@ -41,7 +41,7 @@ def test_gradients_are_the_cpus(config, kind, warming_up, checking):
     params = reference.params_flat.astype(np.float32)
     ours = train_sparse_attn.GPT2(cuda.device(checking), CONFIGS[config], sparsity, params, 2, 9)
     for model in (reference, ours):
-        divergences, agreements, _ = measure(model, inputs, dense=warming_up)
+        divergences, agreements, _ = measure_rows(model, inputs, dense=warming_up)
         model.forward(inputs, targets, dense=warming_up)
         loss = model.mean_loss()
         model.backward(model=not warming_up, indexer=learns, dense=warming_up)

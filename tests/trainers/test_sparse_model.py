@@ -14,7 +14,7 @@ from kernels import cpu
 from kernels.cpu.sparse.upstream_controller import upstream_controller_init
 from llmc.checkpoint import DeepSeekConfig, GPT2Config, Model, num_parameters
 from llmc.init import gpt2_init
-from systems.selection import measure
+from systems.selection import measure_rows
 from systems.sparsity import Sparsity, extra_init, extra_shapes, is_moe, read_fields
 
 GPT2 = GPT2Config(maxT=12, V=11, L=2, NH=2, C=8, Vp=16)
@@ -315,12 +315,12 @@ def test_warmup_lowers_the_divergence_and_finds_the_keys():
         [gpt2_init(config, 1) * 8, extra_init(Model(config, np.zeros(0, np.float32)), sparsity, "", 1)]
     )
     model, (inputs, targets) = train_sparse_attn.GPT2(cpu, config, sparsity, params.copy(), 4, 64), batch(config, 4, 64)
-    before = measure(model, inputs, dense=True)
+    before = measure_rows(model, inputs, dense=True)
     for t in range(1, 81):
         model.forward(inputs, targets, dense=True)
         model.backward(model=False, indexer=True, dense=True)
         model.update(0, 1e-3, t, 5e-3, dense=True)
-    after = measure(model, inputs, dense=True)
+    after = measure_rows(model, inputs, dense=True)
     for l in range(2):
         print(
             f"KL {before[0][l]:.3f} -> {after[0][l]:.3f}, recall {before[1][l].recall:.3f} -> {after[1][l].recall:.3f}"
