@@ -6,11 +6,11 @@ Nothing here was measured with today's kernels. Inputs are benchmarks/GPU.md, of
 other programs took on that day: kernels of the same plan as ours (attention, products of bands), a step as one graph.
 """
 
-if __name__ == "__main__":
-    import os
-    import sys
+import os
+import sys
 
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))  # so that it runs from any folder
+if __name__ == "__main__":
     from llmc import startup
 
     startup.begin()

