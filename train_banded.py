@@ -24,6 +24,7 @@ import numpy as np
 
 from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.graph import Replay
+from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
@@ -31,7 +32,6 @@ from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
-from llmc.shares import Shares, share_rows
 from systems.band import NO_BAND, Band, choose_band, print_band, print_masks
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
 
     tell_allocated(file.params.nbytes, "model parameters")
     rows = share_rows(device, B, T, config.C, file.params.size)
-    batch = Shares([GPT2(device, config, file.params, b, T, band, args.kernel) for b in rows])
+    batch = Shares(device, rows, lambda device, B: GPT2(device, config, file.params, B, T, band, args.kernel))
     model = batch.models[0]
     if state:
         model.allocate_moments(state.m, state.v)

@@ -30,6 +30,7 @@ import numpy as np
 from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
 from kernels.graph import Replay
+from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
@@ -37,7 +38,6 @@ from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
-from llmc.shares import Shares, share_rows
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
 from systems.selection import ROWS, add_report_options, measure, report
 from systems.sparsity import (
@@ -630,7 +630,7 @@ def main(argv: list[str] | None = None) -> int:
     params = np.concatenate([file.params, extra])
     whole = is_moe(config) or sparsity.adaptive == "upstream"  # the experts' balance, or k, is the whole batch's
     rows = [B] if whole else share_rows(device, B, T, config.C, params.size)
-    batch = Shares([GPT2(device, config, sparsity, params, b, T, args.balance) for b in rows])
+    batch = Shares(device, rows, lambda device, B: GPT2(device, config, sparsity, params, B, T, args.balance))
     model = batch.models[0]
     learns = args.train_indexer and sparsity.indexer_has_loss
     if state:
@@ -671,7 +671,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=grad_accum)
                 loss += batch.mean_loss() / grad_accum
                 if learns:
-                    loop.check_finite("indexer's", batch.mean(GPT2.mean_kl), step + 1, args)
+                    loop.check_finite("indexer's", batch.mean("mean_kl"), step + 1, args)
             loop.check_finite("train", loss, step + 1, args)
             if warming_up:  # a schedule for each stage
                 at, length, indexer_lr = step, warmup, args.indexer_lr

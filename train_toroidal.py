@@ -35,6 +35,7 @@ from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.cpu.torus.fusion_matrix import FUSIONS
 from kernels.cpu.torus.torus_rope import torus_frequencies
 from kernels.graph import Replay
+from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
@@ -42,7 +43,6 @@ from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
 from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
-from llmc.shares import Shares, share_rows
 from systems.torus import (
     ATTENTION,
     Torus,
@@ -482,7 +482,7 @@ def main(argv: list[str] | None = None) -> int:
     replaced = Torus() if args.control else torus
     params = np.concatenate([file.params, extra_init(file, replaced, args.seed or 42)])
     rows = share_rows(device, B, T, config.C, params.size)
-    batch = Shares([GPT2(device, config, replaced, params, b, T, learns, args.recompute) for b in rows])
+    batch = Shares(device, rows, lambda device, B: GPT2(device, config, replaced, params, B, T, learns, args.recompute))
     model = batch.models[0]
     table.heading()
     print_torus(config, torus, model.num_trained, args)
@@ -540,14 +540,17 @@ def main(argv: list[str] | None = None) -> int:
     log.close()
 
     if last_step:
-        print(f"memory: {device.memory_used() >> 20} MiB")
+        print(f"memory: {batch.memory_used() >> 20} MiB")
     loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 
 def print_memory(models: list[GPT2], measured: int) -> None:
-    """What is expected of forward passes, with --recompute also without; and what they took, if any has been run."""
-    recompute, ran = models[0].recompute, models[0].acts is not None
+    """What is expected of forward passes, with --recompute also without; and what they took, if any has been run.
+
+    models: of all shares; of several the others are in other processes.
+    """
+    recompute, ran = models[0].recompute, models[0].acts is not None and len(models) == 1
     predicted, without = (sum(model.activation_bytes(way) for model in models) >> 20 for way in (recompute, False))
     saved = f" ({without} without --recompute)" if recompute else ""
     grew = f", memory grew by {measured >> 20} MiB" if ran else ""

@@ -9,7 +9,7 @@ else the machine does meets all of them alike; medians are of the steps after th
 those of five turns, with the lowest and the highest. A step is forward, backward and AdamW in float32. The products'
 rows are what no dense step on NumPy can beat: its BLAS on nothing but the products of the fully connected layers.
 OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are unset for all: they override what OpenBLAS finds out about the processor.
-Peak memory is the operating system's figure for the whole process.
+Peak memory is the operating system's figure, of all processes of a program.
 """
 
 import os
@@ -25,7 +25,6 @@ import resource
 import time
 from collections import defaultdict
 from importlib.util import find_spec
-from threading import get_ident
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -34,11 +33,11 @@ import numpy as np
 import turns
 
 from kernels.device import ops_on_shelves
+from kernels.shares import Shares, share_rows
 from llmc.checkpoint import GPT2Config, Model, named_views, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.errors import UserError, run
 from llmc.init import gpt2_init
-from llmc.shares import Shares, share_rows
 from systems.band import Band
 from systems.sparsity import Sparsity
 from systems.torus import Torus, extra_init
@@ -86,6 +85,15 @@ WINDOW, DEPTH = 32, 2  # keys of a query; platters of a head
 WARM_UP, TURNS = 3, 5
 
 
+def peak() -> int:
+    """The most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def peak_of_share(shares: Shares, k: int) -> int:
+    return peak()
+
+
 def our_models(program: str, config: GPT2Config, B: int, T: int, device) -> Shares:
     """The batch of the trainer that a program is, as its main makes it."""
     import train_banded
@@ -93,23 +101,23 @@ def our_models(program: str, config: GPT2Config, B: int, T: int, device) -> Shar
     import train_toroidal
 
     params = gpt2_init(config, 1)
-    rows = share_rows(device, B, T, config.C, params.size)
+    rows = share_rows(cpu, B, T, config.C, params.size)
     if program == "window":
         sparsity = Sparsity((WINDOW,) * config.L, selector="recency")
-        return Shares([train_sparse_attn.GPT2(device, config, sparsity, params, b, T) for b in rows])
+        return Shares(device, rows, lambda device, B: train_sparse_attn.GPT2(device, config, sparsity, params, B, T))
     if program == "torus":
         torus = Torus(tuple(range(config.L)), depth=DEPTH, period=T, fusion="identity")
         params = np.concatenate([params, extra_init(Model(config, params), torus, 1)])
-        return Shares([train_toroidal.GPT2(device, config, torus, params, b, T) for b in rows])
+        return Shares(device, rows, lambda device, B: train_toroidal.GPT2(device, config, torus, params, B, T))
     bands = Band(*{"dense": (0, 0), "w256": (256, 0), "both256": (256, 256)}[program])
-    models = [train_banded.GPT2(device, config, params, b, T, bands) for b in rows]
-    for model in models:
+    batch = Shares(device, rows, lambda device, B: train_banded.GPT2(device, config, params, B, T, bands))
+    for model in batch.models:
         model.mask_weights()
-    return Shares(models)
+    return batch
 
 
 def our_step(program: str, config: GPT2Config, B: int, T: int, device=cpu):
-    """A function that runs one step of a trainer on a batch and returns the loss."""
+    """Functions: one step of a trainer on a batch, which returns the loss; its peak memory, of all processes."""
     batch = our_models(program, config, B, T, device)
 
     def step(t: int, inputs: np.ndarray, targets: np.ndarray) -> float:
@@ -122,23 +130,24 @@ def our_step(program: str, config: GPT2Config, B: int, T: int, device=cpu):
             batch.models[0].update(t, 1e-4)
         return loss
 
-    return step
+    return step, lambda: sum(batch.each(*len(batch.models) * [peak_of_share]))
 
 
 def op_times(size: str, B: int, T: int, steps: int) -> str:
-    """A table of the ops of a dense step: milliseconds a thread, the mean of all threads."""
-    config, spent = SIZES[size].config, defaultdict(lambda: defaultdict(float))
+    """A table of the ops of a dense step: milliseconds, of a batch in shares those of the first."""
+    config, spent = SIZES[size].config, defaultdict(float)
 
     def timed(name, op):
         def call(*arguments, **named):
             began = time.perf_counter()
             op(*arguments, **named)
-            spent[get_ident()][name] += time.perf_counter() - began
+            spent[name] += time.perf_counter() - began
 
         return call
 
     ops = {name: timed(name, op) for name, op in ops_on_shelves("cpu").items() if name != "global_norm"}
-    step = our_step("dense", config, B, T, SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | ops))
+    device = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | ops)
+    step, _ = our_step("dense", config, B, T, device)
     tokens, whole = np.random.default_rng(2), []
     for t in range(1, WARM_UP + steps + 1):
         if t == WARM_UP + 1:
@@ -147,13 +156,15 @@ def op_times(size: str, B: int, T: int, steps: int) -> str:
         began = time.perf_counter()
         step(t, inputs, targets)
         whole.append(time.perf_counter() - began)
-    names = {name for of_thread in spent.values() for name in of_thread}
-    mean = {name: 1e3 * sum(of[name] for of in spent.values()) / steps / len(spent) for name in names}
-    total = 1e3 * np.mean(whole[WARM_UP:])
+    total = np.mean(whole[WARM_UP:])
     rows = [
-        f"{name:<28} {ms:8.2f} ms {100 * ms / total:5.1f}%" for name, ms in sorted(mean.items(), key=lambda x: -x[1])
+        f"{name:<28} {1e3 * seconds / steps:8.2f} ms {100 * seconds / steps / total:5.1f}%"
+        for name, seconds in sorted(spent.items(), key=lambda item: -item[1])
     ]
-    return "\n".join([f"{size}: {total:.1f} ms a step on {len(spent)} threads, of which each spends in", *rows])
+    shares = len(share_rows(cpu, B, T, config.C, gpt2_init(config, 1).size))
+    return "\n".join(
+        [f"{size}: {1e3 * total:.1f} ms a step in {shares} shares, of which the first one spends in", *rows]
+    )
 
 
 def causal_attention(q, k, v):
@@ -265,14 +276,14 @@ def products_step(config: GPT2Config, B: int, T: int):
 
 
 def step_of(program: str, config: GPT2Config, B: int, T: int):
-    """The function that is timed."""
+    """The function that is timed, and one that tells its peak memory."""
     if program.startswith("products"):
-        return products_step(config, B, T)
+        return products_step(config, B, T), peak
     if program == "compiled":
-        return torch_step(config, B, T, compiled=True)
+        return torch_step(config, B, T, compiled=True), peak
     if program in PEERS:
         own = dict(torch_window=window_attention, torch_torus=torus_attention)
-        return torch_step(config, B, T, attend=own[program](T) if program in own else causal_attention)
+        return torch_step(config, B, T, attend=own[program](T) if program in own else causal_attention), peak
     return our_step(program, config, B, T)
 
 
@@ -280,14 +291,13 @@ def work(program: str, size: str, B: int, T: int) -> None:
     """A worker: one step for each line on stdin; prints its milliseconds, the loss and the peak memory in MiB."""
     config = SIZES[size].config
     answers, sys.stdout = sys.stdout, open(os.devnull, "w")  # the model reports what it allocates
-    step, tokens = step_of(program, config, B, T), np.random.default_rng(2)
+    (step, memory), tokens = step_of(program, config, B, T), np.random.default_rng(2)
     for t, _ in enumerate(sys.stdin, 1):
         inputs, targets = tokens.integers(0, config.V, (2, B, T)).astype(np.int32)
         started = time.perf_counter()
         loss = step(t, inputs, targets)
         elapsed = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        print(elapsed * 1e3, loss, peak, file=answers, flush=True)
+        print(elapsed * 1e3, loss, memory(), file=answers, flush=True)
 
 
 def compare(size: str, programs: list[str], steps: int, B: int, T: int) -> str:

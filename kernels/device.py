@@ -50,12 +50,6 @@ class Device(Protocol):
     def to_host_later(self, array: Array) -> Callable[[], np.ndarray]:
         """A function that gives `array` in NumPy; the device meanwhile goes on with what follows."""
 
-    def num_shares(self) -> int:
-        """How many threads a batch may be shared out to: as many as the CPU has cores, one on a GPU."""
-
-    def side_by_side(self, work: Callable[[int], None], n: int) -> None:
-        """work(0), .., work(n-1), on the CPU at the same time."""
-
     def synchronize(self) -> None:
         """Wait until the device has done all it was told to."""
 

@@ -7,15 +7,16 @@ keys in this phase.
 import time
 from argparse import ArgumentTypeError, Namespace
 from dataclasses import astuple, dataclass
+from functools import partial
 
 import numpy as np
 
+from kernels.shares import Shares
 from llmc.buffers import query_blocks
 from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
-from llmc.shares import Shares
 
 ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
 
@@ -135,10 +136,15 @@ def measure_rows(model, inputs: np.ndarray, dense: bool = False) -> tuple[list[f
 
 def measure(batch: Shares, inputs: np.ndarray, dense: bool) -> tuple[list[float], list[Agreement], float]:
     """Each layer's KL, what its selection has of dense attention, the indexer's share of the time; over all rows."""
-    found = [(model.B / batch.B, *measure_rows(model, rows, dense)) for model, rows in batch.split(inputs)]
-    weights, divergences, agreements, times = zip(*found)
+    found = batch.each(*(partial(_measure, inputs[rows], dense) for rows in batch.rows))
+    weights, (divergences, agreements, times) = [model.B / batch.B for model in batch.models], zip(*found)
     together = [sum(of_layer, Agreement()) for of_layer in zip(*agreements)]
     return np.dot(weights, divergences).tolist(), together, float(np.dot(weights, times))
+
+
+def _measure(inputs: np.ndarray, dense: bool, shares: Shares, k: int):
+    """measure_rows of the k-th share."""
+    return measure_rows(shares.models[k], inputs, dense)
 
 
 def report(batch: Shares, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int, dense: bool):
@@ -179,19 +185,27 @@ def answer_accuracy(
 
     dense: as in report. None if there is no answer at all, no layers where all keys are attended to.
     """
-    model = batch.models[0]
-    selects = not (dense or model.always_dense)
-    right, found, total = 0, np.zeros(model.config.L), 0
+    total, right, hit = 0, 0, np.zeros(batch.models[0].config.L)
     loader.reset()
     for _ in range(batches):
-        for model, inputs, targets in batch.split(*loader.next_batch()):
-            asked, wanted = answers(inputs, targets, first, end), sources(inputs, targets)
-            model.forward(inputs, dense=dense)
-            likeliest = model.ops.to_host(model.acts.logits)[:, : model.config.V].argmax(1).reshape(inputs.shape)
-            right, total = right + int((likeliest == targets)[asked].sum()), total + int(asked.sum())
-            if selects and asked.any():
-                lists = [model.ops.to_host(v.index) for v in model.layers]
-                found += [hits(index, wanted, asked) * asked.sum() for index in lists]
+        inputs, targets = loader.next_batch()
+        share = (partial(_answered, inputs[rows], targets[rows], first, end, dense) for rows in batch.rows)
+        for asked, correct, selected in batch.each(*share):
+            total, right, hit = total + asked, right + correct, hit + selected
     if not total:
         return None, []
-    return right / total, list(found / total) if selects else []
+    return right / total, [] if dense or batch.models[0].always_dense else list(hit / total)
+
+
+def _answered(
+    inputs: np.ndarray, targets: np.ndarray, first: int, end: int, dense: bool, shares: Shares, k: int
+) -> tuple[int, int, np.ndarray]:
+    """Of the k-th share: answers asked for, those that are likeliest, and by layer those whose source was selected."""
+    model = shares.models[k]
+    asked, wanted = answers(inputs, targets, first, end), sources(inputs, targets)
+    model.forward(inputs, dense=dense)
+    likeliest = model.ops.to_host(model.acts.logits)[:, : model.config.V].argmax(1).reshape(inputs.shape)
+    hit = np.zeros(model.config.L)
+    if asked.any() and not (dense or model.always_dense):
+        hit += [hits(model.ops.to_host(layer.index), wanted, asked) * asked.sum() for layer in model.layers]
+    return int(asked.sum()), int((likeliest == targets)[asked].sum()), hit

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kernels.cpu.blocks import PARALLEL_BYTES, for_blocks, num_threads, sets_blas_threads
+from kernels.cpu.blocks import num_threads
 from kernels.device import NAMES, ops_on_shelves
 
 globals().update(ops_on_shelves("cpu"))
@@ -14,16 +14,6 @@ __all__ = NAMES
 
 tf32 = False  # products never round their operands
 graph = "0"  # nothing to gain: an op is called, not launched
-
-
-def num_shares() -> int:
-    """How many threads a batch may be shared out to; 1 where their products could not be kept apart."""
-    return num_threads() if sets_blas_threads() else 1
-
-
-def side_by_side(work: Callable[[int], None], n: int) -> None:
-    """work(0), .., work(n-1), a thread with one BLAS thread each; one alone in place. Raises what `work` raises."""
-    for_blocks(lambda k, _: work(k), n, 1, PARALLEL_BYTES)
 
 
 def describe() -> str:

@@ -116,6 +116,17 @@ def _one_blas_thread():
         set_threads(before)
 
 
+@contextmanager
+def alone():
+    """All in one thread of this process, which another one has its own of: products, and blocks one after another."""
+    with _turn, _one_blas_thread():
+        inside, _local.inside = getattr(_local, "inside", False), True
+        try:
+            yield
+        finally:
+            _local.inside = inside
+
+
 def for_blocks(work: Callable[[int, int], None], rows: int, block: int, row_floats: int = 1) -> None:
     """Call work(start, stop) for each block of rows, on all cores if `rows` of `row_floats` values are enough.
 

@@ -22,12 +22,7 @@ def device(runtime, graph: str = "0") -> Device:
     def memory_used() -> int:
         return runtime.memory()[0]
 
-    def side_by_side(work, n):
-        for k in range(n):
-            work(k)
-
     ops = {name: partial(op, runtime) for name, op in OPS.items()}
     memory = {name: getattr(runtime, name) for name in MEMORY}
     own = dict(describe=describe, memory_used=memory_used, tf32=runtime.tf32, graph=graph)
-    own |= dict(num_shares=lambda: 1, side_by_side=side_by_side)
     return SimpleNamespace(**ops, **memory, **own)

@@ -17,11 +17,12 @@ TINY = GPT2Config(maxT=6, V=11, L=2, NH=2, C=8, Vp=16)
 IN_FLOAT64 = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | {"zeros": np.zeros})
 
 
-def tiny_model(B, T, *bands, dtype=np.float64) -> train_banded.GPT2:
+def tiny_model(B, T, *bands, dtype=np.float64, device=None) -> train_banded.GPT2:
     """A model with every parameter random, biases and layernorms too; padding rows of wte are 0, as they must be."""
     params = np.random.default_rng(1).standard_normal(gpt2_init(TINY, 1).size).astype(dtype) * 0.3
     named_views(params, tensor_shapes(TINY))["wte"][TINY.V :] = 0
-    model = train_banded.GPT2(IN_FLOAT64 if dtype == np.float64 else cpu, TINY, params, B, T, Band(*bands))
+    device = device or (IN_FLOAT64 if dtype == np.float64 else cpu)
+    model = train_banded.GPT2(device, TINY, params, B, T, Band(*bands))
     model.mask_weights()
     return model
 

@@ -1,6 +1,12 @@
 """A batch in shares, side by side: the same loss and gradients as in one piece, the same bits every time."""
 
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,23 +20,22 @@ import train_banded
 import train_sparse_attn
 import train_toroidal
 from kernels import cpu
+from kernels import shares as of_batches
 from kernels.cpu import blocks
-from llmc import shares as of_batches
-from llmc.shares import PARAMETERS, VALUES, Shares, share_rows
+from kernels.shares import PARAMETERS, VALUES, Shares, share_rows
+from llmc.errors import UserError
 from systems.selection import measure
 from systems.sparsity import Sparsity
 from systems.torus import Torus
 
 INDEXER = dict(indexer="lightning", heads=3, width=4)
-TOP_K = Sparsity((3, 4), **INDEXER, rotated=2)
+TOP_K, RANDOM = Sparsity((3, 4), **INDEXER, rotated=2), Sparsity((3, 4), selector="random")
 MODELS = {
-    "banded": lambda B, dtype: test_model.tiny_model(B, 5, 16, 12, dtype=dtype),
-    "sparse": lambda B, dtype: test_sparse_model.tiny_model(test_sparse_model.GPT2, TOP_K, B, 5, dtype),
-    "random": lambda B, dtype: test_sparse_model.tiny_model(
-        test_sparse_model.GPT2, replace(TOP_K, selector="random", indexer="none"), B, 5, dtype
-    ),
-    "mla": lambda B, dtype: test_sparse_model.tiny_model(test_sparse_model.MLA, TOP_K, B, 5, dtype),
-    "torus": lambda B, dtype: test_torus_model.tiny_model(Torus(layers=(0,), depth=2, period=5), B, 5, dtype),
+    "banded": lambda B, T, **options: test_model.tiny_model(B, T, 16, 12, **options),
+    "sparse": partial(test_sparse_model.tiny_model, test_sparse_model.GPT2, TOP_K),
+    "random": partial(test_sparse_model.tiny_model, test_sparse_model.GPT2, RANDOM),
+    "mla": partial(test_sparse_model.tiny_model, test_sparse_model.MLA, TOP_K),
+    "torus": partial(test_torus_model.tiny_model, Torus(layers=(0,), depth=2, period=5)),
 }
 SPARSE = ("sparse", "random", "mla")
 
@@ -42,7 +47,11 @@ def three_cores(monkeypatch):
 
 
 def shares(kind: str, rows: list[int], dtype=np.float64) -> Shares:
-    return Shares([MODELS[kind](B, dtype) for B in rows])  # each draws the same parameters
+    """Each draws the same parameters."""
+    device = test_model.IN_FLOAT64 if dtype == np.float64 else cpu
+    if kind in SPARSE and dtype == np.float64:
+        device = test_sparse_model.IN_FLOAT64  # whose lists are int32
+    return Shares(device, rows, lambda device, B: MODELS[kind](B=B, T=5, dtype=dtype, device=device))
 
 
 def step(batch: Shares, kind: str, micro_steps: int = 2, dense=False) -> tuple[list[float], np.ndarray]:
@@ -56,7 +65,7 @@ def step(batch: Shares, kind: str, micro_steps: int = 2, dense=False) -> tuple[l
         batch.backward(micro_step == 0, *stages, **phase, **accumulated)
         losses.append(batch.mean_loss())
         if kind in SPARSE and kind != "random":
-            losses.append(batch.mean(lambda model: model.mean_kl()))
+            losses.append(batch.mean("mean_kl"))
     return losses, batch.models[0].grads_flat.copy()
 
 
@@ -98,13 +107,88 @@ def test_rows_are_shared_out_where_it_pays(monkeypatch):
     assert share_rows(cpu, 5, 64, C, 1000) == [5], "products of a BLAS that is not OpenBLAS would take all cores each"
 
 
-def test_an_error_in_a_share_is_raised_and_the_next_step_is_right():
+@pytest.mark.parametrize("row", [0, 3])
+def test_an_error_in_a_share_is_raised_and_the_next_step_is_right(row):
+    """In this process, and in another one."""
     parts, (inputs, targets) = shares("banded", [2, 2]), test_model.batch(4, 5)
-    inputs[3, 0] = 99
+    inputs[row, 0] = 99
     with pytest.raises(IndexError, match=r"token ids \d\.\.99"):
         parts.forward(inputs, targets)
     whole = shares("banded", [4])
     assert relative(step(parts, "banded")[1], step(whole, "banded")[1]) < 1e-12
+
+
+def pid_of_share(shares: Shares, k: int) -> int:
+    return os.getpid()
+
+
+def runs(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, waiting for it up to five seconds."""
+    for _ in range(100):
+        if not runs(pid):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_processes_end_with_their_batch():
+    parts = shares("banded", [1, 1, 1])
+    own, *others = parts.each(*3 * [pid_of_share])
+    assert own == os.getpid() and len({own, *others}) == 3
+    del parts
+    assert all(map(gone, others))
+
+
+def test_a_share_that_was_killed_is_an_error_in_words():
+    parts = shares("banded", [1, 1, 1])
+    os.kill(parts.each(*3 * [pid_of_share])[1], signal.SIGKILL)
+    with pytest.raises(UserError, match="a process that had a share of the batch has ended") as error:
+        step(parts, "banded")
+    assert "OPENBLAS_NUM_THREADS=1" in error.value.hint
+
+
+def test_a_signal_to_all_processes_leaves_the_others_at_work():
+    """Ctrl-C reaches the whole group: the first process saves, for which it needs the others."""
+    parts = shares("banded", [1, 1])
+    _, other = parts.each(*2 * [pid_of_share])
+    before = step(parts, "banded")[1]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(other, number)
+    assert step(parts, "banded")[1].tobytes() == before.tobytes()
+
+
+def test_processes_end_with_a_run_that_is_killed(tmp_path):
+    """kill -9 leaves nothing behind."""
+    tiny.make_folder(tmp_path / "run")
+    script = """
+import sys, train_banded
+from kernels import shares
+from test_shares import pid_of_share
+each = shares.Shares.each
+def told(self, *commands):
+    print("pids", *each(self, *len(self.models) * [pid_of_share]), flush=True)
+    return each(self, *commands)
+shares.VALUES, shares.Shares.each, shares.num_threads = 0, told, lambda: 2
+train_banded.main(sys.argv[1:])
+"""
+    command = [sys.executable, "-c", script, *tiny.options(steps=10**6)]
+    paths = os.pathsep.join(map(str, (tiny.ROOT, tiny.ROOT / "tests", tiny.ROOT / "tests" / "trainers")))
+    env = os.environ | {"PYTHONPATH": paths}
+    process = subprocess.Popen(command, cwd=tmp_path / "run", env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    line = next(line for line in process.stdout if line.startswith(b"pids"))
+    own, other = map(int, line.split()[1:])
+    assert own == process.pid and runs(other)
+    process.kill()
+    process.communicate()
+    assert gone(other)
 
 
 @pytest.mark.parametrize("trainer", [train_banded, train_sparse_attn, train_toroidal])

@@ -41,12 +41,12 @@ def zeros(shape, dtype=np.float64):
 IN_FLOAT64 = SimpleNamespace(**{name: getattr(cpu, name) for name in cpu.__all__} | {"zeros": zeros})
 
 
-def tiny_model(config, sparsity, B, T, dtype=np.float64, seed=1, balance=0.01) -> train_sparse_attn.GPT2:
+def tiny_model(config, sparsity, B, T, dtype=np.float64, seed=1, balance=0.01, device=None) -> train_sparse_attn.GPT2:
     """A model with every parameter random, so that attention and scores are far from uniform."""
     generator = np.random.default_rng(seed)
     size = num_parameters(config) + sum(map(math.prod, extra_shapes(config, sparsity).values()))
     params = (generator.standard_normal(size) * 0.4).astype(dtype)
-    device = IN_FLOAT64 if dtype == np.float64 else cpu
+    device = device or (IN_FLOAT64 if dtype == np.float64 else cpu)
     return train_sparse_attn.GPT2(device, config, sparsity, params, B, T, balance)
 
 

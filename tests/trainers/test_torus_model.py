@@ -22,7 +22,7 @@ BASE = Torus(layers=(0, 1), depth=2, period=5, learn_lambda=True)
 IDENTITY = dict(depth=1, rope="none", fusion="identity", lam=0.0)
 
 
-def tiny_model(torus, B, T, dtype=np.float64, seed=1, config=TINY, **options) -> train_toroidal.GPT2:
+def tiny_model(torus, B, T, dtype=np.float64, seed=1, config=TINY, device=None, **options) -> train_toroidal.GPT2:
     """A model with every parameter random, lambda too."""
     generator = np.random.default_rng(seed)
     own, extra = num_parameters(config), extra_shapes(config, torus)
@@ -30,7 +30,7 @@ def tiny_model(torus, B, T, dtype=np.float64, seed=1, config=TINY, **options) ->
     views = named_views(params[own:], extra)
     for name in {"lams", "lamd"} & extra.keys():
         views[name][...] = abs(views[name]) if torus.lam else 0
-    device = IN_FLOAT64 if dtype == np.float64 else cpu
+    device = device or (IN_FLOAT64 if dtype == np.float64 else cpu)
     return train_toroidal.GPT2(device, config, torus, params.astype(dtype), B, T, **options)
 
 
