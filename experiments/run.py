@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import re
 from pathlib import Path
 
-from experiments.sweep import Sweep, clock, perform_all
+from experiments.sweep import ROOT, Sweep, clock, perform_all
 from llmc.cli import ArgumentParser, positive_int
 from llmc.errors import UserError, run
 from llmc.files import atomic_write
@@ -58,7 +58,9 @@ def origin(runs: list[dict]) -> str:
 
 
 def write_block(page: Path, preset: str, text: str) -> None:
-    """Put `text` between the preset's markers of a page, if it has them."""
+    """Put `text` between the preset's markers of a page, if there is one and it has them."""
+    if not page.exists():
+        return
     before, begin, rest = page.read_text().partition(BEGIN.format(preset))
     if begin:
         with atomic_write(page) as file:
@@ -72,12 +74,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", help="seeds, as in 1,2 (default: the preset's)")
     parser.add_argument("--only", default="", help="part of the names of the runs to make (default: all)")
     parser.add_argument("--jobs", type=positive_int, help="runs at a time (default: the preset's)")
-    parser.add_argument("--results", type=Path, help="folder in the place of experiments/NAME/results")
+    parser.add_argument(
+        "--folder", type=Path, help="where NAME/results lies (default: experiments; smoke: build/smoke)"
+    )
     parser.add_argument("--no-runs", action="store_true", help="tables and figures only, from what is on file")
     args = parser.parse(argv)
     if args.seeds and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.seeds):
         raise UserError(f"--seeds {args.seeds}: expected numbers, as in 1,2", exit_code=2)
-    sweeps = [Sweep(name, args.preset, args.results) for name in (NAMES if args.name == "all" else [args.name])]
+    folder = args.folder or (ROOT / "build" / "smoke" if args.preset == "smoke" else FOLDER)
+    sweeps = [Sweep(name, args.preset, folder / name) for name in (NAMES if args.name == "all" else [args.name])]
     if not args.no_runs:
         todo = []
         for sweep in sweeps:
@@ -90,10 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     for sweep in sweeps:
         text = block(sweep)
         print(text, end="")
-        if args.results is None:
-            write_block(FOLDER / sweep.name / "README.md", args.preset, text)
-            if runs := sweep.complete():
-                sweep.protocol.draw(runs, FOLDER / sweep.name)
+        write_block(sweep.folder / "README.md", args.preset, text)
+        if runs := sweep.complete():
+            sweep.protocol.draw(runs, sweep.folder)
     return 0
 
 

@@ -27,7 +27,6 @@ from llmc.files import atomic_write
 from systems.selection import kept_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "experiments"
 BUILD = Path("build") / "experiments"  # below ROOT: data, models, checkpoints
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # both change the last digits of losses
 DIVERGED = re.compile(r"(?:train|val|indexer's) loss (?:nan|inf) at step (\d+)")
@@ -59,8 +58,8 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens that it trains on: how long it takes, roughly."""
-        return int(self.flag("-n")) * int(self.flag("-b")) * int(self.flag("-t"))
+        """Tokens that it trains on, and those of 20 steps for its start: how long it takes, roughly."""
+        return (int(self.flag("-n")) + 20) * int(self.flag("-b")) * int(self.flag("-t"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,20 +147,20 @@ def code(trainer: str, device: str) -> str:
 class Sweep:
     """The runs of one experiment with one preset: their commands, keys and files."""
 
-    def __init__(self, name: str, preset: str, results: Path | None = None):
-        self.name, self.preset = name, preset
+    def __init__(self, name: str, preset: str, folder: Path):
+        """folder: where results/PRESET lies, README.md and figures."""
+        self.name, self.preset, self.folder = name, preset, folder
         self.protocol: ModuleType = importlib.import_module(f"experiments.{name}.protocol")
         if preset not in self.protocol.PRESETS:
             raise UserError(f"--preset {preset}: experiment {name} has none", f"{', '.join(self.protocol.PRESETS)}", 2)
         self.sizes = SimpleNamespace(**self.protocol.PRESETS[preset])
         self.device = getattr(self.sizes, "device", "cpu")
-        self.folder = (results or FOLDER / name / "results") / preset
 
     def runs(self, seed: int) -> list[Run]:
         return self.protocol.runs(seed, self.sizes)
 
     def path(self, each: Run) -> Path:
-        return self.folder / f"{each.name}.{each.seed}.json"
+        return self.folder / "results" / self.preset / f"{each.name}.{each.seed}.json"
 
     def other(self, each: Run, name: str) -> Run:
         """The run `name` of the same seed."""
@@ -296,7 +295,7 @@ def versions() -> dict[str, str]:
 STEP = re.compile(r"step +\d+/\d+: train loss (\S+) \((\S+) ms, ")
 VAL = re.compile(r"val loss (\S+)")
 LAYER = re.compile(r"layer \d+: (?:KL (\S+), )?recall@k (\S+), mass@k (\S+), kept (\S+) of (\d+) pairs")
-ANSWERS = re.compile(r"answers: accuracy (\S+)(?:, source selected ([\d., ]+))?")
+ANSWERS = re.compile(r"answers: accuracy ([\d.]+)(?:, source selected ([\d., ]+))?")
 ONCE = {  # name: the line that says it
     "parameters": r"\| num_parameters +\| (\d+)",
     "parameters_in_all": r"\d+ parameters of indexer and controller, (\d+) in all",
