@@ -272,7 +272,7 @@ def perform(sweep: Sweep, each: Run) -> dict:
         ],
         "key": key,
         "code": version_of_code,
-        "data": {str(path.name): digest(path) for path in data_files(each.data)},
+        "data": {str(path.relative_to(BUILD / "data")): digest(path) for path in data_files(each.data)},
         "versions": versions(),
         **read_output(printed),
         "diverged": int(diverged[1]) if diverged else None,
