@@ -117,7 +117,8 @@ def figure(path: Path, rows: int = 1, columns: int = 1, width: float = 4.6, heig
     drawn, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     yield axes
     for axis in axes.flat:
-        axis.grid(color="0.92")
+        axis.grid(not axis.images, color="0.92")
+        axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(edgecolor="none", framealpha=0.8, fontsize="small")

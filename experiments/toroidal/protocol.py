@@ -49,7 +49,7 @@ def layer_sets(L: int) -> dict[str, str]:
 
 
 def arms(p) -> dict[str, str]:
-    """{arm: flags}; toroidal arms keep depth 2, --fusion low_rank_residual and --lambda 1 where they say nothing else."""
+    """{arm: flags}; toroidal arms have depth 2, --fusion low_rank_residual and --lambda 1 where they say no other."""
     some_steps = "--lr-schedule cosine --grad-clip 1"
     fine_tune = f"-n {p.n} -l {p.lr:g} --warmup {p.n // 10} {some_steps}"
     sets, one = layer_sets(p.L), f"--layers 0 --depth 2 {fine_tune}"
@@ -197,7 +197,7 @@ def judged(found: list[dict]) -> list[tuple[str, str, str]]:
         (
             "depth 2 is optimal",
             four,
-            "one run a depth, of random weights that hardly learnt; low_rank leaves a quarter of the channels at 4 and 8",
+            "one run a depth, random weights that hardly learnt; low_rank keeps a quarter of the channels at 4 and 8",
         ),
         ("more layers are worse", more, "one run each, random weights in each layer"),
         (
@@ -231,6 +231,7 @@ def draw(found: list[dict], folder) -> None:
                 axis.plot(np.full(len(by_seed), x), by_seed, ".", color="0.6", ms=4)
                 axis.errorbar(x, interval.mean, yerr=interval.half, fmt="o", color="0", ms=4, capsize=3)
             axis.axhline(0, color="0.7", linewidth=1)
-            axis.set_xticks(range(len(arms_)), arms_.values(), rotation=0 if len(arms_) < 5 else 40)
+            tilt = dict(rotation=40, ha="right") if len(arms_) > 4 else {}
+            axis.set_xticks(range(len(arms_)), arms_.values(), **tilt)
             axis.set(title=title)
         axes[0][0].set(ylabel="loss above the control, %")
