@@ -114,7 +114,7 @@ def model_commands(each: Run) -> list[tuple[Path, str]]:
     """(file, command) of each model that leads to the initial weights, the last is what the run starts from."""
     flags = f"{each.model} --seed {each.seed}"
     path = BUILD / "models" / f"{short(flags)}.bin"
-    commands = [(path, f"data/create_model.py {flags} -o {path}")]
+    commands = [(path, f"data/create_model.py {flags} -o {path} --force")]
     if each.change:
         changed = BUILD / "models" / f"{short(flags + each.change)}.bin"
         commands.append(
