@@ -139,5 +139,5 @@ diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden
 
 clean:  ## what make's runs and the tests wrote; .venv, data and model.bin stay
-	rm -rf build checkpoint*.bin baseline*.bin log_*.txt plot.png .pytest_cache .ruff_cache .hypothesis
+	rm -rf build checkpoint*.bin baseline*.bin log_*.txt plot.png selection.png band_weights.png torus.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -165,6 +165,9 @@ def positional(script: str) -> list[str]:
     """Words that the script cannot do without."""
     words = {"-m llmc.diff": ["A", "B"], "-m llmc.plot": ["log_sparse.txt"], "experiments/run.py": ["00009"]}
     words["experiments/initial_model.py"] = ["-e", "model.bin", "-o", "other.bin"]
+    words["experiments/draw_band.py"] = ["-e", "checkpoint.bin", "--before", "model.bin"]
+    words["experiments/draw_selection.py"] = ["-e", "sparse.bin", "-j", "val.bin"]
+    words["experiments/draw_torus.py"] = ["-e", "torus.bin"]
     return words.get(script, [])
 
 

@@ -73,7 +73,7 @@ def task_runs(seed: int, p, task: str, T: int) -> list[Run]:
         names = Recall(keys, T)
         every = f"-b {2 * p.tokens // T} -t {T} -m {p.m} -v 100 --weight-decay 0.1 --decay-all 0"
         every += f" --answers-after {names.first_query}:{names.first_filler}"
-        data, learn = f"data/recall.py --window {T} --keys {keys}", p.recall_dense
+        data, learn = f"data/recall.py --window {T} --keys {keys}", p.recall_dense * max(1, T // 128)
         model = f"--vocab {names.V} -C {p.C} -L 2 -H 4 -T {T}"
 
     def one(arm, flags, **more):
