@@ -12,9 +12,9 @@ PRESETS = {
     "smoke": dict(seeds=(1, 2), jobs=2, vocab="byte", data=BYTES, C=32, L=2, n=20, b=4, t=32, m=4, rates=(3e-3,)),
     "cpu": dict(
         **dict(seeds=(1, 2, 3, 4), jobs=2, vocab="byte", data=BYTES),
-        **dict(C=64, L=4, n=1000, b=16, t=64, m=64, rates=(5e-4, 1.2e-3, 3e-3)),
+        **dict(C=64, L=4, n=1000, b=16, t=64, m=48, rates=(5e-4, 1.2e-3, 3e-3)),
     ),
-    "gpu": dict(seeds=(1, 2, 3), jobs=6, data="data/shakespeare.py", n=500, **TEXT),
+    "gpu": dict(seeds=(1, 2), jobs=6, data="data/shakespeare.py", n=250, **TEXT),
     "paper": dict(seeds=(1, 2, 3), jobs=1, data="data/tinystories.py", n=5000, **TEXT),
 }
 UPSTREAM = "--residual unscaled --biases uniform"  # initial weights as the published runs had them

@@ -15,12 +15,12 @@ PRESETS = {
     ),
     "cpu": dict(
         **dict(seeds=(1, 2, 3), jobs=2, vocab="byte", data=BYTES, lengths=(64, 128, 256), C=64, L=4, tokens=2048, m=16),
-        **dict(dense=400, warmup=50, sparse=200, recall_dense=600, leak=300),
+        **dict(dense=400, warmup=50, sparse=150, recall_dense=600, leak=300),
     ),
     "gpu": dict(
-        **dict(seeds=(1, 2, 3), jobs=6, device="cuda", vocab="gpt2", data="data/shakespeare.py"),
+        **dict(seeds=(1, 2, 3), jobs=6, device="cuda", vocab="byte", data=BYTES),
         **dict(lengths=(64, 128, 256), C=256, L=4, tokens=4096, m=16),
-        **dict(dense=300, warmup=50, sparse=150, recall_dense=600, leak=300),
+        **dict(dense=200, warmup=40, sparse=80, recall_dense=400, leak=150),
     ),
     "paper": dict(
         **dict(seeds=(42, 123, 456), jobs=1, device="cuda", vocab="gpt2", data="data/tinystories.py"),

@@ -24,12 +24,12 @@ PRESETS = {
         **dict(lengths=(16, 32), leaking=(16,), keeps=(0.25, 0.5, 1.0)),
     ),
     "cpu": dict(
-        **dict(seeds=(1, 2, 3, 4), jobs=2, vocab="byte", data=BYTES, C=64, L=4, batch=2048, n=250, m=16, lr=3e-3),
+        **dict(seeds=(1, 2, 3), jobs=2, vocab="byte", data=BYTES, C=64, L=4, batch=2048, n=200, m=16, lr=3e-3),
         **dict(lengths=(64, 128, 256, 512, 1024), leaking=(64, 128, 256), keeps=KEEPS),
     ),
     "gpu": dict(
-        **dict(seeds=(1, 2, 3), jobs=6, device="cuda", vocab="gpt2", data="data/shakespeare.py"),
-        **dict(C=256, L=4, batch=4096, n=150, m=16, lr=1e-3),
+        **dict(seeds=(1, 2, 3), jobs=6, device="cuda", vocab="byte", data=BYTES),
+        **dict(C=256, L=4, batch=4096, n=100, m=16, lr=1e-3),
         **dict(lengths=(64, 128, 256, 512, 1024), leaking=(64, 128, 256), keeps=KEEPS),
     ),
     "paper": dict(

@@ -18,8 +18,8 @@ PRESETS = {
         **dict(b=8, m=32, base=600, n=150, base_lr=1e-3, lr=3e-4),
     ),
     "gpu": dict(
-        **dict(seeds=(1, 2, 3), data="data/shakespeare.py", C=384, L=12, H=6),
-        **dict(m=20, base=400, n=100, lr=3e-4),
+        **dict(seeds=(1, 2), data="data/shakespeare.py", C=384, L=12, H=6),
+        **dict(m=20, base=300, n=60, lr=3e-4),
         **TEXT,
     ),
     "paper": dict(
