@@ -1,11 +1,12 @@
 """Draw the keys that queries keep over dense attention: a trained indexer's, the most recent, and random ones.
 
     python experiments/draw_selection.py -e checkpoint_sparse.bin -j data/shakespeare/shakespeare_val.bin
-    python experiments/draw_selection.py -e recall.bin -j data/recall/recall_val.bin --answers-after 256:288 --first 64
+    python experiments/draw_selection.py -e recall.bin -j data/recall/recall_val.bin --answers-after 256:288
 
 The first checkpoint is that of make train_sparse_attn; the second one of tagged recall (data/recall.py), whose answers
-are marked. A row is a query, a column a key. Grey: the probability that dense attention gives it, mean of the heads.
-Dots: keys that are selected. Rings: the key that holds the answer. All three select from the same activations.
+are marked, and whose other queries are left out. A row is a query, a column a key. Grey: the probability that dense
+attention gives it, mean of the heads, darkest for the query's likeliest key. Dots: keys that are selected. Rings: the
+key that holds the answer. All three select from the same activations.
 """
 
 import os
@@ -27,7 +28,7 @@ import numpy as np
 import train_sparse_attn
 from experiments.report import figure
 from llmc.checkpoint import SPARSE_ATTENTION, Model, read_model
-from llmc.cli import ArgumentParser, natural, positive_int
+from llmc.cli import ArgumentParser, positive_int
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError, run
 from systems.selection import answers, ids, selected, sources
@@ -55,27 +56,24 @@ def layers_of(path: str, file: Model, inputs: np.ndarray, selector: str) -> list
     return found
 
 
-def draw(path: Path, found: dict[str, list], asked: np.ndarray, source: np.ndarray, first: int) -> None:
-    """found: {selector: layers_of}; asked (T): queries with an answer; source (T): where it is; first: query on top."""
-    L = len(next(iter(found.values())))
-    with figure(path, L, len(found), 4.4, 3.0) as axes:
-        for column, (selector, layers) in enumerate(found.items()):
-            for l, (p, mask) in enumerate(layers):
-                axis = axes[l][column]
-                T = len(p)
-                axis.imshow(
-                    np.sqrt(p[first:]), cmap="Greys", vmin=0, vmax=1, extent=(-0.5, T - 0.5, T - 0.5, first - 0.5)
-                )
-                queries, keys = np.nonzero(mask[first:])
-                axis.plot(keys, queries + first, ".", color="0", ms=1.2)
-                where = np.nonzero(asked)[0]
-                hit = mask[where, source[where]]
-                axis.plot(source[where], where, "o", color="0", ms=5, fillstyle="none", markeredgewidth=0.7)
-                share = f", {int(hit.sum())} of {len(where)} answers kept" if len(where) else ""
-                axis.set(title=f"layer {l}: {SELECTORS[selector]}{share}", xlabel="key")
+def draw(path: Path, found: dict[str, list], rows: np.ndarray, source: np.ndarray) -> None:
+    """found: {selector: layers_of}; rows: the queries to draw; source (T): where the answer of each is, -1: nowhere."""
+    shown = np.arange(len(rows))
+    with figure(path, len(next(iter(found.values()))), len(found), 4.6, 2.6) as axes:
+        for column, (selector, layers) in zip(axes.T, found.items()):
+            for l, (axis, (p, mask)) in enumerate(zip(column, layers)):
+                p, mask = p[rows], mask[rows]
+                axis.imshow(np.sqrt(p / p.max(1, keepdims=True)), cmap="Greys", vmin=0, vmax=1.6, aspect="auto")
+                queries, keys = np.nonzero(mask)
+                axis.plot(keys, queries, ".", color="0", ms=1.5)
+                title = f"layer {l}: {SELECTORS[selector]}"
+                asked = shown[source[rows] >= 0]
+                if len(asked):
+                    where = source[rows][asked]
+                    axis.plot(where, asked, "o", color="0", ms=6, fillstyle="none", markeredgewidth=0.8)
+                    title += f", {int(mask[asked, where].sum())} of {len(asked)} answers kept"
+                axis.set(title=title, xlabel="key", ylabel="query" if selector == "indexer" else "")
                 axis.title.set_size("medium")
-                if column == 0:
-                    axis.set(ylabel="query")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +83,6 @@ def main(argv: list[str] | None = None) -> int:
     add("-j", "--val-data", required=True, help="pattern of the data that the sequence is taken from")
     add("-t", "--seq-len", type=positive_int, default=128, help="tokens of the sequence")
     add("--answers-after", type=ids, metavar="FIRST:END", help="ids whose next token is an answer, to be marked")
-    add("--first", type=natural, default=0, help="the query in the first row")
     add("-o", "--output", type=Path, default=Path("selection.png"), help="picture to write")
     args = parser.parse(argv)
     file = read_model(args.checkpoint)
@@ -93,11 +90,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.checkpoint}: no indexer in it", "train_sparse_attn.py --indexer-warmup 150 trains one")
     loader = DataLoader(args.val_data, 1, args.seq_len, vocab_size=file.config.V)
     inputs, targets = loader.next_batch()
-    asked = np.zeros(args.seq_len, bool)
+    rows, source = np.arange(args.seq_len), np.full(args.seq_len, -1)
     if args.answers_after:
         asked = answers(inputs, targets, *map(int, args.answers_after.split(":")))[0]
+        rows, source = np.flatnonzero(asked), np.where(asked, sources(inputs, targets)[0], -1)
+        if not len(rows):
+            raise UserError(f"--answers-after {args.answers_after}: no answers in {args.val_data}", "256:288 of recall")
     found = {selector: layers_of(args.checkpoint, file, inputs, selector) for selector in SELECTORS}
-    draw(args.output, found, asked, sources(inputs, targets)[0], min(args.first, args.seq_len - 1))
+    draw(args.output, found, rows, source)
     print(f"wrote {args.output}")
     return 0
 

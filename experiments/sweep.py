@@ -29,6 +29,7 @@ from systems.selection import kept_pairs
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build") / "experiments"  # below ROOT: data, models, checkpoints
 OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # both change the last digits of losses
+UNIT = 20 if sys.platform == "darwin" else 10  # bits from the unit of ru_maxrss, bytes or KiB, to MiB
 DIVERGED = re.compile(r"(?:train|val|indexer's) loss (?:nan|inf) at step (\d+)")
 
 
@@ -277,7 +278,7 @@ def perform(sweep: Sweep, each: Run) -> dict:
         **read_output(printed),
         "diverged": int(diverged[1]) if diverged else None,
     }
-    result["measured"] |= {"seconds": round(time.perf_counter() - began, 1), "memory_MiB": usage.ru_maxrss >> 10}
+    result["measured"] |= {"seconds": round(time.perf_counter() - began, 1), "memory_MiB": usage.ru_maxrss >> UNIT}
     write_result(sweep.path(each), result)
     return result
 
