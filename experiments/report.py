@@ -86,6 +86,8 @@ def verdict(differences, above: str, below: str, unit: str = "", digits: int = 2
     """What paired differences show: `above` or `below` 0, or no difference and the size that would have been found."""
     interval = mean_interval(differences)
     text = shown(interval, digits, unit, "+")
+    if not np.isfinite(interval.mean):
+        return "a run diverged"
     if np.isnan(interval.low):
         return f"{text} of one seed, which shows nothing"
     if interval.excludes(0):

@@ -39,7 +39,8 @@ def block(sweep: Sweep) -> str:
     runs = sweep.complete()
     if not runs:
         return f"Not run yet: `make experiment NAME={sweep.name} PRESET={sweep.preset}`.\n"
-    return f"{sweep.protocol.report(runs)}\n{origin(runs)}"
+    picture = f"![experiment {sweep.name}, preset {sweep.preset}]({sweep.preset}.png)"
+    return f"{sweep.protocol.report(runs)}\n{picture}\n\n{origin(runs)}"
 
 
 def origin(runs: list[dict]) -> str:

@@ -208,8 +208,9 @@ class Sweep:
 
     def complete(self) -> list[dict]:
         """The results on file of all seeds that lack none, in the protocol's order. Whatever code they came from."""
+        names = (path.stem for path in (self.folder / "results" / self.preset).glob("*.json"))
         found = []
-        for seed in self.sizes.seeds:
+        for seed in sorted({int(name.rpartition(".")[2]) for name in names}):
             paths = [self.path(each) for each in self.runs(seed)]
             if all(path.exists() for path in paths):
                 found += [json.loads(path.read_text()) for path in paths]

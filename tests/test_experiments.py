@@ -15,14 +15,18 @@ import numpy as np
 import pytest
 
 from data.create_model import main as create_model
-from experiments import stats, sweep
+from experiments import draw_band, draw_selection, draw_torus, stats, sweep
 from experiments.initial_model import main as initial_model
 from experiments.report import verdict
 from experiments.run import BEGIN, END, FOLDER, NAMES, block
+from experiments.run import main as run_experiments
 from experiments.sweep import Sweep
 from llmc.checkpoint import named_views, read_model, tensor_shapes
+from llmc.dataloader import write_tokens
 from llmc.plot import main as plot
 from llmc.plot import read_log, smoothed
+from systems.band import Band
+from systems.selection import kept_pairs
 
 ROOT = Path(__file__).parent.parent
 TRAINERS = {name: importlib.import_module(name) for name in ("train_banded", "train_sparse_attn", "train_toroidal")}
@@ -280,12 +284,8 @@ def test_narrower_mlp_stays_narrow(tmp_path, monkeypatch):
     """Three steps with weight decay leave the hidden units that were cut off at exactly 0, and move all others."""
     monkeypatch.chdir(tmp_path)
     create_model(["--vocab", "64", "-C", "16", "-L", "2", "-H", "2", "-T", "16", "-o", "whole.bin"])
-    initial_model(
-        ["-e", "whole.bin", "-o", "narrow.bin", "--hidden", "40", "--residual", "unscaled", "--biases", "uniform"]
-    )
+    initial_model(shlex.split("-e whole.bin -o narrow.bin --hidden 40 --residual unscaled --biases uniform"))
     rng = np.random.default_rng(0)
-    from llmc.dataloader import write_tokens
-
     write_tokens(tmp_path / "data.bin", rng.integers(0, 64, 500).astype(np.uint16))
     flags = "-e narrow.bin -i data.bin -j data.bin -b 2 -t 16 -n 3 -v 0 -m 1 -s 0 -d 1 -c out.bin --device cpu"
     TRAINERS["train_banded"].main([*flags.split(), "--weight-decay", "0.1", "-l", "1e-2"])
@@ -318,3 +318,49 @@ def test_plot_draws_several_logs(tmp_path):
     logs = [str(tmp_path / name) for name in ("log_dense.txt", "log_sparse.txt", "main.log")]
     assert plot([*logs, "-o", str(tmp_path / "out.png"), "--mark", "20"]) == 0
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_checkpoints(tmp_path, monkeypatch):
+    """The three scripts on what the trainers wrote; what is drawn of a band and of a ring is what they are."""
+    monkeypatch.chdir(tmp_path)
+    create_model(["--vocab", "64", "-C", "16", "-L", "2", "-H", "2", "-T", "16", "-o", "model.bin"])
+    write_tokens(tmp_path / "data.bin", np.random.default_rng(0).integers(0, 64, 500).astype(np.uint16))
+    every = shlex.split("-e model.bin -i data.bin -j data.bin -b 2 -t 16 -n 2 -v 0 -m 1 -s 0 --device cpu -c")
+    TRAINERS["train_banded"].main([*every, "band.bin", "-1", "16", "-2", "16"])
+    TRAINERS["train_sparse_attn"].main([*every, "sparse.bin", "--top-k", "3", "--indexer-warmup", "1"])
+    TRAINERS["train_toroidal"].main([*every, "torus.bin", "--layers", "1", "--period", "12"])
+    assert draw_band.main(shlex.split("-e band.bin --before model.bin -o band.png")) == 0
+    assert draw_selection.main(shlex.split("-e sparse.bin -j data.bin -t 16 -o sparse.png")) == 0
+    assert draw_torus.main(shlex.split("-e torus.bin -t 16 -o torus.png")) == 0
+    for name in ("band", "sparse", "torus"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    file = read_model("sparse.bin")
+    inputs = np.arange(16, dtype=np.int32)[None]
+    for selector in draw_selection.SELECTORS:
+        for p, mask in draw_selection.layers_of("sparse.bin", file, inputs, selector):
+            np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+            assert not np.triu(p, 1).any() and [*mask.sum(1)] == [1, 2, *[3] * 14] and mask.diagonal().all()
+    recent = draw_selection.layers_of("sparse.bin", file, inputs, "recency")[0][1]
+    assert all(recent[t, t - 2 : t + 1].all() for t in range(2, 16))
+    weights = draw_band.weights_of("band.bin", 0, Band(16, 16))
+    offsets, sizes = draw_band.along_the_band(weights["fcw"])
+    assert [*offsets] == [*range(-8, 9)] and 0.01 < sizes.min() < sizes.max() < 0.04
+    ring = draw_torus.distances(16, 12, -1)
+    assert ring[14, 14] == 0 and ring[14, 8] == 0.5 and ring[14, 3] == ring[14, 13] == 1 / 12 and ring[14, 2] == 0
+    assert np.isnan(ring[3, 4])
+
+
+def test_matched_run_keeps_as_many_pairs(tmp_path):
+    """A run that goes on from another, and takes its k from a third: both are made before it; k is the nearest."""
+    words = ["adaptive", "--preset", "smoke", "--folder", str(tmp_path), "--seeds", "1", "--only"]
+    assert run_experiments([*words, "text_32_before"]) == 0
+    assert run_experiments([*words, "text_32_recency"]) == 0
+    made = {path.name.partition(".")[0]: json.loads(path.read_text()) for path in tmp_path.rglob("*.json")}
+    assert [*sorted(made)] == ["text_32_before", "text_32_prefix", "text_32_recency"]
+    prefix, recency = made["text_32_prefix"], made["text_32_recency"]
+    k, wanted = recency["settings"]["k"], np.mean(prefix["found"]["kept_pairs"])
+    kept = np.array([kept_pairs(each, 32) for each in range(1, 33)])
+    assert recency["found"]["kept_pairs"] == [kept[k - 1]] * 2 and abs(kept - wanted).argmin() == k - 1
+    assert f"--top-k {k} " in recency["commands"][-1] and len(recency["commands"]) == 2
+    learnt = made["text_32_before"]["val_loss"][-1][1]
+    assert prefix["val_loss"][0] == [0, learnt] and recency["val_loss"][0][1] != learnt

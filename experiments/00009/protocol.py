@@ -200,7 +200,8 @@ def draw(found: list[dict], folder) -> None:
         left, right = axes[0]
         steps = [step for step, _ in pick(found, arm="dense", lr=rate)[0]["val_loss"][1:]]
         for number, name in enumerate(("fc1", "fc2", "both")):
-            line(left, steps, 100 * (curve(f"{name} {widths[1]}") / curve("dense") - 1), number, name.upper())
+            if np.isfinite(losses(found, arm=f"{name} {widths[1]}", lr=rate)).all():
+                line(left, steps, 100 * (curve(f"{name} {widths[1]}") / curve("dense") - 1), number, name.upper())
         left.axhline(0, color="0.7", linewidth=1)
         left.set(title=f"bandwidth {widths[1]}, rate {rate:g}", xlabel="step", ylabel="loss above dense, %")
         kept = [100 * band_count(4 * C, C, w) / (4 * C * C) for w in widths]
