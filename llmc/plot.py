@@ -78,10 +78,11 @@ def draw(logs: dict[str, dict], path: Path, mark: int = 0, smooth: int = 20) -> 
     figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, names) in zip(axes[0], panels.items()):
         for number, (run_label, log) in enumerate(logs.items()):
-            for name, label in names.items():
-                if points := log.get(name):
+            for place, (name, label) in enumerate(names.items()):
+                if points := log.get(name):  # a colour a run, or of a single run one a line
+                    color = f"C{number if len(logs) > 1 else place}"
                     whose = f"{run_label}: {label}" if len(logs) > 1 else label
-                    draw_points(axis, name, *zip(*points), number, whose, smooth)
+                    draw_points(axis, name, *zip(*points), number, color, whose, smooth)
         if mark:
             axis.axvline(mark, color="0.6", linestyle=":", linewidth=1, label="end of the warm-up")
         axis.set(title=title, xlabel="step")
@@ -93,17 +94,17 @@ def draw(logs: dict[str, dict], path: Path, mark: int = 0, smooth: int = 20) -> 
     pyplot.close(figure)
 
 
-def draw_points(axis, name: str, steps, values, number: int, label: str, smooth: int) -> None:
+def draw_points(axis, name: str, steps, values, number: int, color: str, label: str, smooth: int) -> None:
     """One line of run `number`; a training loss thin and smoothed."""
     dashes, marker = DASHES[number % len(DASHES)], MARKERS[number % len(MARKERS)]
     if name == "trl" and len(values) > smooth > 1:
-        (thin,) = axis.plot(steps, values, linewidth=0.4, alpha=0.5)
+        axis.plot(steps, values, color=color, linewidth=0.4, alpha=0.5)
         label = f"{label}, mean of {smooth} steps"
-        axis.plot(steps, smoothed(values, smooth), dashes, color=thin.get_color(), linewidth=1.5, label=label)
+        axis.plot(steps, smoothed(values, smooth), dashes, color=color, linewidth=1.5, label=label)
     elif name == "trl":
-        axis.plot(steps, values, dashes, linewidth=1, label=label)
+        axis.plot(steps, values, dashes, color=color, linewidth=1, label=label)
     else:
-        axis.plot(steps, values, dashes, marker=marker, markersize=4, linewidth=1, label=label)
+        axis.plot(steps, values, dashes, color=color, marker=marker, markersize=4, linewidth=0.8, label=label)
 
 
 def main(argv: list[str] | None = None) -> int:
