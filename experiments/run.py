@@ -45,16 +45,16 @@ def block(sweep: Sweep) -> str:
 
 def origin(runs: list[dict]) -> str:
     """Where results come from: device, preset, seeds, time, data, code."""
+
+    def all_of(what: str) -> str:
+        return ", ".join(dict.fromkeys(what.format(**each) for each in runs))
+
     seconds = sum(each["measured"]["seconds"] for each in runs)
-    seeds = ", ".join(map(str, dict.fromkeys(each["seed"] for each in runs)))
-    devices = ", ".join(dict.fromkeys(each["device"] for each in runs))
-    data = ", ".join(
-        f"{name} {sha[:12]}" for name, sha in {n: s for each in runs for n, s in each["data"].items()}.items()
-    )
-    codes = ", ".join(dict.fromkeys(each["code"] for each in runs))
+    data = {name: sha for each in runs for name, sha in each["data"].items()}
     return (
-        f"{len(runs)} runs, preset {runs[0]['preset']}, seeds {seeds}; {devices}; {clock(seconds)} of run time in all. "
-        f"Data (sha256): {data}. Code: {codes}.\n"
+        f"{len(runs)} runs, preset {runs[0]['preset']}, seeds {all_of('{seed}')}; {all_of('{device}')}; "
+        f"{all_of('{versions[processor]}, {versions[blas]}')}; {clock(seconds)} of run time in all. "
+        f"Data (sha256): {', '.join(f'{name} {sha[:12]}' for name, sha in data.items())}. Code: {all_of('{code}')}.\n"
     )
 
 

@@ -22,13 +22,15 @@ from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
+
+from benchmarks.turns import OVERRIDES
 from llmc.errors import UserError
 from llmc.files import atomic_write
 from systems.selection import kept_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = Path("build") / "experiments"  # below ROOT: data, models, checkpoints
-OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # both change the last digits of losses
 UNIT = 20 if sys.platform == "darwin" else 10  # bits from the unit of ru_maxrss, bytes or KiB, to MiB
 DIVERGED = re.compile(r"(?:train|val|indexer's) loss (?:nan|inf) at step (\d+)")
 
@@ -241,7 +243,7 @@ def perform(sweep: Sweep, each: Run) -> dict:
         (ROOT / checkpoint).parent.mkdir(parents=True, exist_ok=True)
         words += ["-c", str(checkpoint), "--overwrite", "1"]
     key, version_of_code = sweep.key(each), code(each.trainer, sweep.device)
-    environment = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
+    environment = {name: value for name, value in os.environ.items() if name not in OVERRIDES}  # they change losses
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *words],
@@ -285,7 +287,12 @@ def perform(sweep: Sweep, each: Run) -> dict:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """On what a run is made."""
+    blas, processor = np.show_config(mode="dicts")["Build Dependencies"]["blas"], platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), processor)
+    found = {"processor": processor, "python": platform.python_version(), "blas": f"{blas['name']} {blas['version']}"}
     for package in ("numpy", "cupy-cuda12x"):
         try:
             found[package] = version(package)
