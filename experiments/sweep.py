@@ -365,8 +365,11 @@ def write_result(path: Path, result: dict) -> None:
 
 
 def perform_all(todo: list[tuple[Sweep, Run]], jobs: int) -> None:
-    """All runs, `jobs` at a time. A run waits for those that it needs, which stand in front of it."""
-    total, done, began = sum(each.tokens for _, each in todo), 0, time.perf_counter()
+    """All runs, `jobs` at a time. A run waits for those that it needs, which stand in front of it.
+
+    A run that fails stops only those that need it. Raises UserError in the end if there was one.
+    """
+    total, done, failed, began = sum(each.tokens for _, each in todo), 0, 0, time.perf_counter()
     futures: dict[tuple, Future] = {}
 
     def one(sweep: Sweep, each: Run) -> dict:
@@ -380,22 +383,26 @@ def perform_all(todo: list[tuple[Sweep, Run]], jobs: int) -> None:
             futures[sweep.name, each.name, each.seed] = pool.submit(one, sweep, each)
         try:
             for number, ((sweep, each), future) in enumerate(zip(todo, futures.values()), 1):
-                result = future.result()
+                try:
+                    ended = outcome(future.result())
+                except UserError as error:
+                    failed, ended = failed + 1, f"failed: {error}"
                 done += each.tokens
                 left = (time.perf_counter() - began) * (total - done) / done
-                last = (
-                    f"diverged at step {result['diverged']}"
-                    if result["diverged"]
-                    else f"val {result['val_loss'][-1][1]:.4f}"
-                )
-                print(
-                    f"[{number}/{len(todo)}, {100 * done / total:.0f}%, {clock(left)} left] {sweep.name} {each.name}, "
-                    f"seed {each.seed}: {last}, {result['measured']['seconds']:.0f} s",
-                    flush=True,
-                )
+                place = f"{number}/{len(todo)}, {100 * done / total:.0f}%, {clock(left)} left"
+                print(f"[{place}] {sweep.name} {each.name}, seed {each.seed}: {ended}", flush=True)
         except BaseException:  # those that are under way end, no others begin
             pool.shutdown(cancel_futures=True)
             raise
+    if failed:
+        raise UserError(f"{failed} of {len(todo)} runs failed, see above", "the same command makes them again")
+
+
+def outcome(result: dict) -> str:
+    """val 2.2062, 46 s"""
+    if result["diverged"]:
+        return f"diverged at step {result['diverged']}"
+    return f"val {result['val_loss'][-1][1]:.4f}, {result['measured']['seconds']:.0f} s"
 
 
 def clock(seconds: float) -> str:

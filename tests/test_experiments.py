@@ -23,6 +23,7 @@ from experiments.run import main as run_experiments
 from experiments.sweep import Sweep
 from llmc.checkpoint import named_views, read_model, tensor_shapes
 from llmc.dataloader import write_tokens
+from llmc.errors import UserError
 from llmc.plot import main as plot
 from llmc.plot import read_log, smoothed
 from systems.band import Band
@@ -219,6 +220,26 @@ def test_killed_sweep_goes_on(tmp_path):
     assert len(wide["train_loss"]) == 20 and [step for step, _ in wide["val_loss"]] == list(range(0, 21, 2))
     assert narrow["found"]["fc1_kept"] < wide["found"]["fc1_kept"] < wide["found"]["fc_full"] == 2 * 4 * 32 * 32
     assert 0 < abs(wide["val_loss"][0][1] - narrow["val_loss"][0][1]) < 0.01  # one model, two bands
+
+
+def test_failed_run_stops_no_others(tmp_path, monkeypatch, capsys):
+    """But those that need it; the sweep ends with an error, and a run that diverged is a result."""
+    this = Sweep("adaptive", "smoke", tmp_path)
+    names = ("text_32_before", "text_32_dense", "random_32_causal", "random_32_leak_1")
+    todo = [(this, each) for each in this.runs(1) if each.name in names]
+
+    def perform(sweep, each):
+        if each.name == "text_32_before":
+            raise UserError("no memory")
+        diverged = 7 if each.name == "random_32_causal" else None
+        return {"diverged": diverged, "val_loss": [[0, 1.5]], "measured": {"seconds": 2.0}}
+
+    monkeypatch.setattr(sweep, "perform", perform)
+    with pytest.raises(UserError, match="2 of 4 runs failed"):
+        sweep.perform_all(todo, 2)
+    printed = capsys.readouterr().out
+    assert printed.count("failed: no memory") == 2 and "random_32_causal, seed 1: diverged at step 7" in printed
+    assert "random_32_leak_1, seed 1: val 1.5000, 2 s" in printed and "[4/4, 100%, 0 s left]" in printed
 
 
 @pytest.mark.slow
