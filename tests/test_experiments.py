@@ -154,6 +154,47 @@ def test_pages_show_the_results_on_file(name):
         assert text == block(Sweep(name, preset, FOLDER / name))
 
 
+def made_up(each, rng) -> dict:
+    """What a run could have printed, without running it."""
+    steps, T = int(each.flag("-n")), int(each.flag("-t"))
+    start = 4 + 0.01 * rng.random()
+    found = {"parameters": 10**5, "trained": 1000, "activation_MiB": 1, "parameters_in_all": 11 * 10**4}
+    found |= {"fc1_kept": 500, "fc_full": 1000} if "banded" in each.name or "fc1" in each.name else {}
+    if each.trainer == "train_sparse_attn.py" and "--attention dense" not in each.flags:
+        found |= {"kept_pairs": [T * 3.0, T * 3.1], "causal_pairs": T * (T + 1) // 2}
+    found |= {"answers": [[0, 0.1], [steps, 0.9]]} if "--answers-after" in each.flags else {}
+    return {
+        "preset": "smoke",
+        "name": each.name,
+        "seed": each.seed,
+        "settings": dict(each.settings),
+        "commands": ["python data", "python data/create_model.py --vocab byte", f"python {each.trainer} {each.flags}"],
+        "val_loss": [[0, start], *([[steps // 2, 3.5], [steps, 3 + 0.01 * rng.random()]] if steps else [])],
+        "found": found,
+        "measured": {"ms_per_step": 1 + rng.random(), "memory_MiB": 50, "seconds": 1.0},
+        "diverged": None,
+        "device": "CPU",
+        "versions": {"processor": "p", "blas": "b"},
+        "code": "c",
+        "data": {"d": "s"},
+    }
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_reports_of_a_sweep_that_has_only_begun(name, seeds, tmp_path):
+    """One seed gives the same tables as three, without intervals; no cell is left empty for want of a number."""
+    this, rng = Sweep(name, "smoke", tmp_path), np.random.default_rng(0)
+    found = [made_up(each, rng) for seed in range(1, seeds + 1) for each in this.runs(seed)]
+    text = this.protocol.report(found)
+    if seeds == 1:
+        this.protocol.draw(found, tmp_path)
+        assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")
+    assert "nan" not in text and "inf" not in text.replace("find", "") and " - |" not in text
+    assert bool(re.search(r"\[[+-]\d", text)) == (seeds > 1) and text.count("| published claim |") == 1
+    assert ("of one seed, which shows nothing" in text) == (seeds == 1 and name != "optimal_sparsity")
+
+
 def test_no_band_of_00009_is_all_ones():
     """And a narrower MLP has the parameters of both bands, to one hidden unit."""
     from kernels.cpu.band.band_mask import band_count

@@ -76,7 +76,9 @@ def matrix(found: list[dict], T: int, leak: int = 0) -> np.ndarray:
 
 
 def as_good_as_the_best(table_of_losses: np.ndarray) -> list[int]:
-    """The rows that the best row is not shown to beat: paired t tests with Holm's adjustment."""
+    """The rows that the best row is not shown to beat, by paired t tests with Holm's adjustment; of one seed, all."""
+    if table_of_losses.shape[1] < 2:
+        return list(range(len(table_of_losses)))
     best = int(table_of_losses.mean(1).argmin())
     p = paired_tests(table_of_losses)
     return [i for i in range(len(table_of_losses)) if i == best or p[min(i, best), max(i, best)] > 0.05]
@@ -118,8 +120,10 @@ def report(found: list[dict]) -> str:
         tables.append(table(("length", *(f"keep {keep:g}" for keep in values(group, "keep"))), rows))
     header = ("length", "best", "not shown to be worse", "F (p)", "F blocked (p)", "eta², omega²")
     header += ("pairs told apart: Tukey / Holm / Bonferroni", "d, g", "worst against best")
-    tests = [statistics(found, T, leak) for leak, group in ((0, honest), (1, leaking)) for T in values(group, "T")]
-    power = anova_power(0.25, len(keeps), n)
+    tests, power = "One seed tests nothing.\n", anova_power(0.25, len(keeps), n) if n > 1 else 0.05
+    if n > 1:
+        groups = ((0, honest), (1, leaking))
+        tests = table(header, [statistics(found, T, leak) for leak, group in groups for T in values(group, "T")])
     kept = [[T, *(effective(found, T, keep) for keep in keeps)] for T in lengths]
     return f"""Last validation loss, mean and half of its 95 % interval over seeds; keep 1 is dense attention:
 
@@ -132,7 +136,7 @@ The same losses with the published leak, where the first k - 1 queries see the f
 {tables[1]}
 Tests over the keep ratios of a length; seeds are blocks:
 
-{table(header, tests)}
+{tests}
 With {n} seeds a medium effect (f = 0.25) of {len(keeps)} ratios is found with probability {power:.2f} in a one-way
 design, {seeds_needed(0.25, len(keeps))} seeds would find it with 0.8; the blocked test takes the seeds' scatter out.
 
@@ -225,7 +229,8 @@ def draw(found: list[dict], folder) -> None:
         k.plot(lengths, np.array(lengths) / 2, color="0.5", linestyle="--", label="length / 2")
         costs = [percent(*extremes(grids[T])) for T in lengths]
         worst.bar(places, [each.mean for each in costs], yerr=[each.half for each in costs], capsize=3, **bars)
-        size.bar(places, [hedges_g(*extremes(grids[T])) for T in lengths], **bars)
+        if best.shape[1] > 1:  # seeds
+            size.bar(places, [hedges_g(*extremes(grids[T])) for T in lengths], **bars)
         shades = np.array([100 * (grids[T].mean(1) / grids[T][-1].mean() - 1) for T in lengths])
         heat.imshow(shades, cmap="Greys", aspect="auto")
         for (row, column), value in np.ndenumerate(shades):
