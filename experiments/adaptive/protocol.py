@@ -274,15 +274,16 @@ def draw(found: list[dict], folder) -> None:
     with figure(folder / f"{found[0]['preset']}.png", 2, len(lengths), 4.2, 3.4) as axes:
         for row, task in zip(axes, ("text", "recall")):
             for axis, T in zip(row, lengths):
-                dense = of(found, task, T, "dense")
+                dense, first = of(found, task, T, "dense"), axis is axes[0][0]  # which has the legend
                 for line, arms_of_line in (("-", FIXED), ("--", [f"top-p {each}" for each in COVERAGES])):
                     x = [of(found, task, T, arm, kept).mean() for arm in arms_of_line]
                     y = [(100 * (of(found, task, T, arm) / dense - 1)).mean() for arm in arms_of_line]
                     label = "fixed k, indexer" if line == "-" else "top-p"
-                    axis.plot(x, y, line, color="0.4", marker=".", linewidth=1, label=label)
+                    axis.plot(x, y, line, color="0.4", marker=".", linewidth=1, label=label if first else None)
                 for arm, marker in markers.items():
                     y = 100 * (of(found, task, T, arm) / dense - 1)
                     x = of(found, task, T, arm, kept)
                     axis.plot(x, y, marker, color="0.6", ms=4)
-                    axis.plot(x.mean(), y.mean(), marker, color="0", ms=7, fillstyle="none", label=arm)
+                    label = arm if first else None
+                    axis.plot(x.mean(), y.mean(), marker, color="0", ms=7, fillstyle="none", label=label)
                 axis.set(title=f"{task}, length {T}", xlabel="causal pairs kept, %", ylabel="loss above dense, %")
