@@ -192,8 +192,7 @@ class Sweep:
 
     def result(self, each: Run) -> dict | None:
         """What is on file of a run, None if nothing is, or something out of date."""
-        path = self.path(each)
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = self.read(each) if self.path(each).exists() else {}
         return found if found.get("key") == self.key(each) else None
 
     def pending(self, seeds: list[int], only: str) -> list[Run]:
@@ -213,10 +212,15 @@ class Sweep:
         names = (path.stem for path in (self.folder / "results" / self.preset).glob("*.json"))
         found = []
         for seed in sorted({int(name.rpartition(".")[2]) for name in names}):
-            paths = [self.path(each) for each in self.runs(seed)]
-            if all(path.exists() for path in paths):
-                found += [json.loads(path.read_text()) for path in paths]
+            runs = self.runs(seed)
+            if all(self.path(each).exists() for each in runs):
+                found += [self.read(each) for each in runs]
         return found
+
+    def read(self, each: Run) -> dict:
+        """What is on file of a run; the settings are the protocol's of today, and the k that was matched."""
+        found = json.loads(self.path(each).read_text())
+        return found | {"settings": found["settings"] | each.settings}
 
 
 def made_model(each: Run) -> Path:

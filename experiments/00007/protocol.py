@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data.create_model import VOCABULARIES
 from experiments.report import claims, delta, figure, line, losses, pick, shown, table, values, verdict
 from experiments.stats import mean_interval
 from experiments.sweep import Run, slug
@@ -47,7 +48,7 @@ def runs(seed: int, p) -> list[Run]:
                     data=data,
                     model=f"--vocab {vocab} -C {p.C} -L {p.L} -H 4 -T {p.t}",
                     change="--residual unscaled --biases uniform",
-                    settings=dict(arm=arm, data=kind, C=p.C, L=p.L, T=p.t, w=p.w),
+                    settings=dict(arm=arm, data=kind, V=VOCABULARIES.get(vocab, vocab), C=p.C, L=p.L, T=p.t, w=p.w),
                 )
             )
     return found
@@ -77,11 +78,9 @@ def multiplications(C: int, L: int, T: int, V: int, kept: int) -> float:
 
 
 def report(found: list[dict]) -> str:
-    settings = found[0]["settings"]
-    C, L, T, w = (settings[name] for name in ("C", "L", "T", "w"))
     banded = pick(found, arm="banded", data="text")[0]
+    C, L, T, V, w = (banded["settings"][name] for name in "CLTVw")
     kept, full = banded["found"]["fc1_kept"] // L, 4 * C * C
-    V = {"byte": 256, "gpt2": 50257}.get(banded["commands"][1].split("--vocab ")[1].split()[0], 256)
     before, after = (multiplications(C, L, T, V, each) for each in (full, kept))
 
     def of(arm, data="text"):
@@ -90,52 +89,46 @@ def report(found: list[dict]) -> str:
     def milliseconds(arm):
         return losses(found, lambda run: run["measured"]["ms_per_step"], arm=arm, data="text")
 
-    steps = [step for step, _ in banded["val_loss"]]
-    over_steps = [
-        [arm, *(f"{mean:.4f}" for mean in np.mean([[loss for _, loss in each["val_loss"]] for each in group], axis=0))]
-        for arm in ("dense", "banded")
-        if (group := pick(found, arm=arm, data="text"))
-    ]
-    cost = 100 * (of("banded") / of("dense") - 1)
-    time = mean_interval(100 * (1 - milliseconds("banded") / milliseconds("dense")))
-    noise = 100 * (of("banded", "random tokens") / of("dense", "random tokens") - 1)
+    over_steps = []
+    for arm in ("dense", "banded"):
+        points = [[loss for _, loss in each["val_loss"]] for each in pick(found, arm=arm, data="text")]
+        over_steps.append([arm, *(f"{mean:.4f}" for mean in np.mean(points, axis=0))])
+    time = shown(mean_interval(100 * (1 - milliseconds("banded") / milliseconds("dense"))), 1, " %", "+")
+    of_fc1, of_all = (f"{100 * share:.1f} %" for share in (1 - kept / full, 1 - after / before))
     rows = [
         ["validation loss against dense, text", delta(of("banded"), of("dense"))],
         ["the same, random tokens", delta(of("banded", "random tokens"), of("dense", "random tokens"))],
         ["weights kept of FC1", f"{100 * kept / full:.1f} %"],
-        ["multiplications of FC1 saved", f"{100 * (1 - kept / full):.1f} %"],
-        ["multiplications of the whole step saved", f"{100 * (1 - after / before):.1f} %"],
-        ["time of a step saved, two runs at a time", shown(time, 1, " %", "+")],
+        ["multiplications of FC1 saved", of_fc1],
+        ["multiplications of the whole step saved", of_all],
+        ["time of a step saved, two runs at a time", time],
     ]
-    decided = verdict(cost, "the band costs", "the band helps", " %")
-    saved = f"{100 * (1 - kept / full):.1f} % of FC1's, {100 * (1 - after / before):.1f} % of the step's"
+    cost = 100 * (of("banded") / of("dense") - 1)
+    noise = 100 * (of("banded", "random tokens") / of("dense", "random tokens") - 1)
+    judged = [
+        (
+            "5 to 10 % more loss on text",
+            verdict(cost, "the band costs", "the band helps", " %"),
+            "an expectation: no run of it was published",
+        ),
+        (
+            "about 50 % less compute",
+            f"{of_fc1} of FC1's, {of_all} of the step's; {time} of the time",
+            "FC1 is one of a layer's four products, and the logits' product stays",
+        ),
+        (
+            "random tokens: the same loss",
+            verdict(noise, "the band costs", "the band helps", " %", 3),
+            "nothing can be learnt there but which ids there are",
+        ),
+        ("512 keeps 100 % at C = 128", "75.1 %", "counted from the mask, which the edges cut off"),
+    ]
     return f"""Validation loss over steps on text, mean of the seeds (bandwidth {w} at C = {C}):
 
-{table(("arm", *steps), over_steps)}
+{table(("arm", *(step for step, _ in banded["val_loss"])), over_steps)}
 {table(("banded against dense, 95 % intervals over seeds", ""), rows)}
 {densities()}
-{
-        claims(
-            [
-                (
-                    "5 to 10 % more loss on text",
-                    decided,
-                    "an expectation: no run of it was published",
-                ),
-                (
-                    "about 50 % less compute",
-                    f"{saved}; {shown(time, 1, ' %', '+')} of the time",
-                    "FC1 is one of a layer's four products, and the logits' product stays",
-                ),
-                (
-                    "random tokens: the same loss",
-                    verdict(noise, "the band costs", "the band helps", " %", 3),
-                    "nothing can be learnt there but which ids there are",
-                ),
-                ("512 keeps 100 % at C = 128", "75.1 %", "counted from the mask, which the edges cut off"),
-            ]
-        )
-    }"""
+{claims(judged)}"""
 
 
 def draw(found: list[dict], folder) -> None:
