@@ -100,7 +100,7 @@ def report(found: list[dict]) -> str:
         ["the same, random tokens", delta(of("banded", "random tokens"), of("dense", "random tokens"))],
         ["weights kept of FC1", f"{100 * kept / full:.1f} %"],
         ["multiplications of FC1 saved", of_fc1],
-        ["multiplications of the whole step saved", of_all],
+        ["multiplications of a forward pass saved", of_all],
         ["time of a step saved, two runs at a time", time],
     ]
     cost = 100 * (of("banded") / of("dense") - 1)
@@ -113,7 +113,7 @@ def report(found: list[dict]) -> str:
         ),
         (
             "about 50 % less compute",
-            f"{of_fc1} of FC1's, {of_all} of the step's; {time} of the time",
+            f"{of_fc1} of FC1's, {of_all} of a forward pass's; {time} of the time",
             "FC1 is one of a layer's four products, and the logits' product stays",
         ),
         (
