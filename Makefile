@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff | clean help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures experiments experiment | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff | clean help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures experiments experiment generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,7 +43,7 @@ baseline.bin: | $(VENV)/ready $(DATA) model.bin
 	$(PY) train_toroidal.py -e model.bin --layers none --train all -c $@ -n $(N) $(TORUS) -l 1e-3
 
 plot: $(VENV)/plot-ready  ## plot.png: losses, KL, recall@k and mass@k of log_sparse.txt
-	$(PY) experiments/plot_log.py log_sparse.txt -o plot.png --mark 100
+	$(PY) -m llmc.plot log_sparse.txt -o plot.png --mark 100
 $(VENV)/plot-ready: $(VENV)/ready requirements-plot.txt
 	$(PY) -m pip install -q --disable-pip-version-check -r requirements-plot.txt
 	@touch $@
@@ -53,6 +53,18 @@ recall: setup  ## tagged recall: dense, indexer, oracle, random, untrained, rece
 
 figures: $(VENV)/plot-ready  ## repeat the runs that README.md shows and write their figures into it, 10 minutes
 	$(PY) experiments/readme_figures.py
+
+# two runs at a time, each on one core; a sweep that was stopped goes on where it was
+NAME ?= 00009
+PRESET ?= cpu
+experiments: $(VENV)/experiments-ready  ## every experiment at the sizes of a laptop, five hours on two cores (PRESET)
+	$(PY) experiments/run.py all --preset $(PRESET)
+
+experiment: $(VENV)/experiments-ready  ## one of them: NAME=00009 PRESET=smoke takes a minute
+	$(PY) experiments/run.py $(NAME) --preset $(PRESET)
+$(VENV)/experiments-ready: $(VENV)/ready requirements-experiments.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-experiments.txt
+	@touch $@
 
 generate:  ## text from checkpoint.bin
 	$(PY) generate.py -e checkpoint.bin -n 100
@@ -128,5 +140,5 @@ diff: setup  ## three runs against llm.c's own logs
 	$(PY) tests/golden_run.py build/golden
 
 clean:  ## what make's runs and the tests wrote; .venv, data and model.bin stay
-	rm -rf build checkpoint*.bin baseline*.bin log_*.txt plot.png .pytest_cache .ruff_cache .hypothesis
+	rm -rf build checkpoint*.bin baseline*.bin log_*.txt plot.png selection.png band_weights.png torus.png .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

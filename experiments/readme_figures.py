@@ -28,10 +28,10 @@ import subprocess
 from pathlib import Path
 
 from benchmarks.turns import OVERRIDES
-from experiments.plot_log import draw, read_log
 from llmc.cli import ArgumentParser
 from llmc.errors import UserError, run
 from llmc.files import atomic_write
+from llmc.plot import draw, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "experiments" / "indexer_warmup.png"
@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
             file.write(f"{before}{begin(name)}{text}{END}{rest.partition(END)[2]}".encode())
         print(f"{begin(name)}{text}{END}", end="")
     if "train_sparse_attn" in names:
-        draw(read_log(str(FOLDER / "train_sparse_attn" / "log_sparse.txt")), PICTURE, mark=100)
+        log = FOLDER / "train_sparse_attn" / "log_sparse.txt"
+        draw({"sparse": read_log(str(log))}, PICTURE, mark=100)
     return 0
 
 

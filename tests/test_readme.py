@@ -36,6 +36,7 @@ SCRIPTS = [
     *TRAINERS,
     "generate.py",
     "-m llmc.diff",
+    "-m llmc.plot",
     "-m kernels.cuda.runtime.compile",
     "-m kernels.cuda.runtime.roofline",
 ]
@@ -46,6 +47,7 @@ SCRIPTS += [
 ]
 SCRIPTS += ["tests/golden_run.py", "tests/check_gpt2.py", "tests/cuda_emulator/build.py"]
 LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py", "benchmarks/kernel_times.py"}  # no command
+LIBRARIES |= {f"experiments/{name}.py" for name in ("sweep", "report", "stats")}
 # without a parser: how many words they take
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
 WORDS |= {"-m kernels.cuda.runtime.roofline": 0}
@@ -161,7 +163,12 @@ def test_help_commands_parse(script, monkeypatch):
 
 def positional(script: str) -> list[str]:
     """Words that the script cannot do without."""
-    return {"-m llmc.diff": ["A", "B"], "experiments/plot_log.py": ["log_sparse.txt"]}.get(script, [])
+    words = {"-m llmc.diff": ["A", "B"], "-m llmc.plot": ["log_sparse.txt"], "experiments/run.py": ["00009"]}
+    words["experiments/initial_model.py"] = ["-e", "model.bin", "-o", "other.bin"]
+    words["experiments/draw_band.py"] = ["-e", "checkpoint.bin", "--before", "model.bin"]
+    words["experiments/draw_selection.py"] = ["-e", "sparse.bin", "-j", "val.bin"]
+    words["experiments/draw_torus.py"] = ["-e", "torus.bin"]
+    return words.get(script, [])
 
 
 def test_the_texts_hold_commands():
@@ -213,8 +220,10 @@ def files(script: str, words: list[str], there: dict[str, int], monkeypatch) -> 
         reads = {args.checkpoint, args.tokenizer}
     elif script == "-m llmc.diff":
         reads = {args.A, args.B}
-    elif script == "experiments/plot_log.py":
-        reads, writes = {args.log}, {str(args.output): 0}
+    elif script == "-m llmc.plot":
+        reads, writes = {*args.logs}, {str(args.output): 0}
+    elif script == "experiments/initial_model.py":
+        reads, writes = {args.model}, {str(args.output): there.get(args.model, 0)}
     elif script == "data/shakespeare.py":
         writes = data_files("shakespeare_byte" if args.tokenizer == "byte" else "shakespeare")
     elif script == "data/create_model.py":

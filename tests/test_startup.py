@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 120
-MODULES = ("llmc.diff", "kernels.cuda.runtime.compile", "kernels.cuda.runtime.roofline")  # python -m
+MODULES = ("llmc.diff", "llmc.plot", "kernels.cuda.runtime.compile", "kernels.cuda.runtime.roofline")  # python -m
 FOLDERS = (".", "benchmarks", "data", "dev", "experiments", "tests")
 SCRIPTS = sorted(
     str(path.relative_to(ROOT))
@@ -43,7 +43,7 @@ def run(words: list[str], folder: Path = ROOT, **environment: str) -> subprocess
 def test_these_are_the_scripts():
     assert len(SCRIPTS) == len(set(SCRIPTS)) >= 17
     assert {"train_banded.py", "train_sparse_attn.py", "train_toroidal.py", "generate.py"} <= set(SCRIPTS)
-    assert {"data/tinystories.py", "experiments/plot_log.py", "tests/check_gpt2.py"} <= set(SCRIPTS)
+    assert {"data/tinystories.py", "experiments/run.py", "tests/check_gpt2.py"} <= set(SCRIPTS)
 
 
 @pytest.mark.parametrize("name", ALL)
