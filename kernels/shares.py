@@ -31,7 +31,8 @@ from llmc.errors import UserError
 
 # measured on 2 cores, times as fast as one share, whose products have two BLAS threads. by tokens times channels of a
 # share: 4096 0.85 and 0.87, 8192 0.94, 16384 0.93 to 1.20, 32768 1.10 to 1.88, more 1.13 to 1.31. by parameters for a
-# token of a share, V = 50257 or C = 768: 28,000 1.10, 57,000 1.07, 243,000 1.06, 330,000 0.93, 400,000 0.99, 970,000 0.96
+# token of a share, with V = 50257 or C = 768: 28,000 1.10, 57,000 1.07, 243,000 1.06, 330,000 0.93, 400,000 0.99,
+# 970,000 0.96
 VALUES = 1 << 14  # tokens times channels of a share: below it shares wait for each other more than they work
 PARAMETERS = 1 << 17  # of the model for a token of a share: each share writes all their gradients
 ALONE = "memory may be short: with OPENBLAS_NUM_THREADS=1 before the command one process does it all"
