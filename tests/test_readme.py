@@ -412,7 +412,6 @@ def test_toroidal_figures_bear_the_sentence():
     assert "end within 1% of each other" in README and "end within 1% of each other" in DOC["toroidal"]
     rows = table_rows(README[README.index("| | perplexity before | after |") - 1 :])
     assert [[float(cell) for cell in row[2:4]] for row in rows] == [[before, after], [control_before, control_after]]
-    assert control_before < before  # copied weights under another attention cost something
 
 
 def step_times(table: str) -> dict[str, list[tuple[str, str, str]]]:
