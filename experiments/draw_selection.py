@@ -49,7 +49,7 @@ def layers_of(path: str, file: Model, inputs: np.ndarray, selector: str) -> list
     found = []
     for l, a in enumerate(model.layers):
         model.indexer.forward(l, a)
-        model.selection.forward(l, a, 0, 0, leak=False)
+        model.selection.forward(l, a, 0, leak=False)
         p = np.zeros((B, T, T), np.float32)
         device.attention_mean(p, a.qkv, a.lse, file.config.NH, 0)
         found.append((p[0], selected(a.index, T)[0]))

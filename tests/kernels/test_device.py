@@ -112,7 +112,8 @@ FILES = sorted(KERNELS.rglob("*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(KERNELS)))
 def test_kernels_knows_no_files_no_systems_and_no_scripts(path):
     others = {name for name in imported(path) if name.partition(".")[0] != "kernels"}
-    assert others <= set(OUTSIDE if path in COMMANDS else ["llmc.errors"])
+    tells_of_buffers = {"llmc.buffers"} if path.name == "shares.py" else set()
+    assert others <= {*(OUTSIDE if path in COMMANDS else ["llmc.errors"]), *tells_of_buffers}
 
 
 @pytest.mark.parametrize("shelf", SHELVES)
