@@ -39,6 +39,8 @@ import numpy as np
 import step_time
 import turns
 
+from kernels.cuda.gpt2 import matmul_tensor
+from kernels.cuda.runtime.tensor_cores import FAST_TF32
 from llmc.checkpoint import BFLOAT16, GPT2Config, Model, write_model
 from llmc.cli import ArgumentParser, positive_int
 from llmc.dataloader import write_tokens
@@ -51,6 +53,7 @@ WARM_UP, STEPS = 4, 12
 K, DEPTH, BANDWIDTH = 256, 2, 256
 PROGRAMS = {
     "dense": "ours, dense",
+    "own": "ours, dense, its products by 3xTF32",
     "both256": "ours, FC1 and FC2 banded, w = 256",
     "toroidal": "ours, toroidal, all layers, depth 2",
     "sparse": "ours, indexer, k = 256",
@@ -74,7 +77,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "124M": Size(GPT2Config(), 4, 1024, ("dense", "both256", "toroidal")),
+    "124M": Size(GPT2Config(), 4, 1024, ("dense", "own", "both256", "toroidal")),
     "tiny": Size(step_time.SIZES["tiny"].config, 4, 64, ("dense", "both256", "toroidal")),
     "long": Size(GPT2Config(maxT=4096, L=4), 1, 4096, ("dense", "sparse", "recency")),
 }
@@ -110,7 +113,9 @@ def our_model(program: str, size: Size, device):
         from systems.band import NO_BAND, Band
         from train_banded import GPT2
 
-        model = GPT2(device, config, params, B, T, NO_BAND if program == "dense" else Band(BANDWIDTH, BANDWIDTH))
+        model = GPT2(
+            device, config, params, B, T, NO_BAND if program in ("dense", "own") else Band(BANDWIDTH, BANDWIDTH)
+        )
         model.mask_weights()
     return model, model.backward, lambda t: model.update(t, 1e-4)
 
@@ -142,6 +147,8 @@ def opened(program: str, size: Size, precision: str, device: str) -> tuple[Calla
         step = step_time.torch_step(config, B, T, device, program == "compiled", precision == "bfloat16")
         taken = torch.cuda.max_memory_reserved
     else:
+        if program == "own":  # what has to be known before a card belongs into that set
+            matmul_tensor.FASTER_THAN_CUBLAS = frozenset(FAST_TF32)
         step = our_step(program, size, kernels.open_device(device, precision == "tf32"))
         if device == "cuda":
             import cupy
@@ -268,7 +275,7 @@ def table(figures: dict[str, dict[tuple[str, str], Figure]], precisions: list[st
 
 def losses_apart(of_size: dict[tuple[str, str], Figure]) -> str:
     """How far the first losses of the programs that compute the same are apart, which tells a wrong one."""
-    dense = ("dense", "torch", "compiled")
+    dense = ("dense", "own", "torch", "compiled")
     same = [figure.loss for pair, figure in of_size.items() if pair[0] in dense and pair[1] != "bfloat16"]
     return f"{max(same) - min(same):.1e}" if same else "none"
 
@@ -318,6 +325,13 @@ def profiles(name: str, precision: str, card: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def precisions_of(program: str) -> tuple[str, ...]:
+    """In which a program can be timed."""
+    if program == "own":
+        return ("float32",)
+    return tuple(PRECISIONS) if program in THEIRS else ("float32", "tf32")
+
+
 def chosen(flag: str, text: str, known) -> list[str]:
     """The words of a flag's list. Raises UserError for one that is not known."""
     words = text.split(",")
@@ -353,7 +367,7 @@ def main() -> int:
     for name in names:
         programs = [*SIZES[name].ours, *theirs]
         wanted = [(program, each) for each in precisions for program in programs]
-        pairs = [pair for pair in wanted if pair[1] != "bfloat16" or pair[0] in THEIRS]
+        pairs = [pair for pair in wanted if pair[1] in precisions_of(pair[0])]
         figures[name] = compare(name, pairs, args.steps, args.device)
         for precision in precisions if llmc else ():
             figure = run_llmc(llmc, SIZES[name], precision, args.steps)

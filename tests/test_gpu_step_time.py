@@ -326,9 +326,10 @@ def test_all_of_it_writes_a_section(on_an_h100, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_step_time.py", "--profile"])
     assert gpu_step_time.main() == 0
     assert [(name, len(pairs), steps, device) for name, pairs, steps, device in on_an_h100.asked] == [
-        ("124M", 12, 12, "cuda"), ("tiny", 12, 12, "cuda"), ("long", 12, 12, "cuda")
+        ("124M", 13, 12, "cuda"), ("tiny", 12, 12, "cuda"), ("long", 12, 12, "cuda")
     ]  # fmt: skip
     assert ("dense", "bfloat16") not in on_an_h100.asked[0][1] and ("compiled", "bfloat16") in on_an_h100.asked[0][1]
+    assert [pair for pair in on_an_h100.asked[0][1] if pair[0] == "own"] == [("own", "float32")]
     text = on_an_h100.page.read_text()
     assert text.startswith("# On a GPU\n\n## another\n\ntext\n\n## NVIDIA H100 80GB HBM3, 2")
     assert f": make bench_gpu\n\n{H100}, driver 580, CUDA 13.0, CuPy 14.2.0, 2" in text
