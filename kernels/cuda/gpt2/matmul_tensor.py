@@ -7,9 +7,9 @@ ROWS, COLUMNS = 128, 64  # sides of a tile in matmul_tensor.cu
 GROUPS = 2  # row groups of a warp, MI in gemm_mma.cuh: blocks of a tile that join parts
 MULTIPROCESSORS = 132  # an H100's; an A100 has 108, a B200 148
 PART = 256  # rows at least that a part of a weight gradient sums over: it is written and read back once for them
-# compute capabilities on which these were measured to be faster than cuBLAS's float32, by make bench_gpu, which has a row
-# of products by 3xTF32: none so far. by its operations FC1 at N = 4096, C = 768 would take 240 to 290 us on an H100,
-# where cuBLAS took 385 to 418
+# compute capabilities where make bench_gpu, which has a row of products by 3xTF32, found them faster than cuBLAS's in
+# float32: none so far. by its operations FC1 at N = 4096, C = 768 would take 240 to 290 us on an H100, cuBLAS took 385
+# to 418
 FASTER_THAN_CUBLAS: frozenset[tuple[int, int]] = frozenset()
 
 
