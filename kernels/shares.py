@@ -140,10 +140,13 @@ class Shares:
             except OSError as error:
                 raise UserError(f"a process for a share of the batch: {error.strerror}", ALONE) from None
             if not pid:
-                # a pipe that another process has open as well would not close with the first share's; nor would files
-                os.closerange(3, theirs.fileno())
-                os.closerange(theirs.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
-                self._listen(k, theirs)
+                try:  # whatever happens, this process must not go on with what the first share's does
+                    # a pipe that another one has open as well would not close with the first share's; nor would files
+                    os.closerange(3, theirs.fileno())
+                    os.closerange(theirs.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+                    self._listen(k, theirs)
+                finally:
+                    os._exit(1)
             theirs.close()
             self._pipes.append(ours)
             pids.append(pid)

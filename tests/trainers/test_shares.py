@@ -155,6 +155,26 @@ def test_a_share_that_was_killed_is_an_error_in_words():
     assert "OPENBLAS_NUM_THREADS=1" in error.value.hint
 
 
+def cannot_be_sent(shares: Shares, k: int):
+    return (lambda: k) if k else None
+
+
+def test_a_share_whose_answer_cannot_be_sent_ends_and_nothing_else(tmp_path):
+    """It must not come back from the fork, and run what the first process runs."""
+    own, came_back, error = os.getpid(), tmp_path / "came back", None
+    parts = shares("banded", [1, 1])
+    try:
+        _, other = parts.each(*2 * [pid_of_share])
+        parts.each(*2 * [cannot_be_sent])
+    except Exception as raised:
+        error = raised
+    if os.getpid() != own:
+        came_back.touch()
+        os._exit(0)
+    assert isinstance(error, UserError) and "has ended" in error.message
+    assert gone(other) and not came_back.exists()
+
+
 def test_a_signal_to_all_processes_leaves_the_others_at_work():
     """Ctrl-C reaches the whole group: the first process saves, for which it needs the others."""
     parts = shares("banded", [1, 1])
