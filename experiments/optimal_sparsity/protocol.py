@@ -166,6 +166,10 @@ def questions(found, honest, leaking) -> list[list[str]]:
     return rows
 
 
+def milliseconds(run: dict) -> float:
+    return run["measured"]["ms_per_step"]
+
+
 def extremes(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(seeds): the losses of the ratios with the highest and the lowest mean."""
     return grid[grid.mean(1).argmax()], grid[grid.mean(1).argmin()]
@@ -216,10 +220,8 @@ def draw(found: list[dict], folder) -> None:
             above = (100 * (grids[T] / grids[T][-1] - 1)).T
             line(loss, keeps, above, number, f"length {T}")
             line(by_pairs, [float(effective(found, T, keep)) for keep in keeps], above, number, f"length {T}")
-            steps = [
-                losses(found, lambda run: run["measured"]["ms_per_step"], T=T, keep=keep, leak=0) for keep in keeps
-            ]
-            line(time, keeps, np.transpose(steps), number, f"length {T}")
+            steps = [losses(found, milliseconds, T=T, keep=keep, leak=0).min() for keep in keeps]  # other work slows
+            line(time, keeps, [steps], number, f"length {T}")
         for number, T in enumerate(values(leaking, "T")):
             grid = matrix(found, T, 1)
             line(leak, values(leaking, "keep"), (100 * (grid / grid[-1] - 1)).T, number, f"length {T}")
