@@ -32,6 +32,7 @@ FOLDER = Path(__file__).resolve().parent
 NAMES = ("00007", "00009", "adaptive", "optimal_sparsity", "toroidal")
 PRESETS = ("smoke", "cpu", "gpu", "paper")
 BEGIN, END = "<!-- results: {} -->\n", "<!-- end of the results -->\n"
+FRONT = ("00009", "toroidal")  # whose headline(runs), of preset cpu, README.md shows, with the figure
 
 
 def block(sweep: Sweep) -> str:
@@ -41,6 +42,19 @@ def block(sweep: Sweep) -> str:
         return f"Not run yet: `make experiment NAME={sweep.name} PRESET={sweep.preset}`.\n"
     picture = f"![experiment {sweep.name}, preset {sweep.preset}]({sweep.preset}.png)"
     return f"{sweep.protocol.report(runs)}\n{picture}\n\n{origin(runs)}"
+
+
+def front(sweep: Sweep) -> str:
+    """What README.md shows of an experiment: a short table, and its figure."""
+    runs = sweep.complete()
+    if not runs:
+        return f"Not run yet: `make experiment NAME={sweep.name}`.\n"
+    seeds = len({each["seed"] for each in runs})
+    picture = f"![experiment {sweep.name}](experiments/{sweep.name}/{sweep.preset}.png)"
+    return (
+        f"{sweep.protocol.headline(runs)}\n{picture}\n\n{seeds} seeds, {len(runs)} runs, preset {sweep.preset}, intervals "
+        f"of 95 % over seeds: [all of it](experiments/{sweep.name}/README.md).\n"
+    )
 
 
 def origin(runs: list[dict]) -> str:
@@ -97,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         text = block(sweep)
         print(text, end="")
         write_block(sweep.folder / "README.md", args.preset, text)
+        if sweep.name in FRONT and args.preset == "cpu" and sweep.folder.parent == FOLDER:
+            write_block(ROOT / "README.md", f"{sweep.name} cpu", front(sweep))
         if runs := sweep.complete():
             sweep.protocol.draw(runs, sweep.folder)
     return 0

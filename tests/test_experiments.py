@@ -18,7 +18,7 @@ from data.create_model import main as create_model
 from experiments import draw_band, draw_selection, draw_torus, stats, sweep
 from experiments.initial_model import main as initial_model
 from experiments.report import verdict
-from experiments.run import BEGIN, END, FOLDER, NAMES, block
+from experiments.run import BEGIN, END, FOLDER, FRONT, NAMES, block, front
 from experiments.run import main as run_experiments
 from experiments.sweep import Sweep
 from llmc.checkpoint import named_views, read_model, tensor_shapes
@@ -154,6 +154,13 @@ def test_pages_show_the_results_on_file(name):
         assert text == block(Sweep(name, preset, FOLDER / name))
 
 
+@pytest.mark.parametrize("name", FRONT)
+def test_readme_shows_the_results_on_file(name):
+    page, begin = (ROOT / "README.md").read_text(), BEGIN.format(f"{name} cpu")
+    assert page.count(begin) == 1
+    assert page.partition(begin)[2].partition(END)[0] == front(Sweep(name, "cpu", FOLDER / name))
+
+
 def made_up(each, rng) -> dict:
     """What a run could have printed, without running it."""
     steps, T = int(each.flag("-n")), int(each.flag("-t"))
@@ -186,7 +193,7 @@ def test_reports_of_a_sweep_that_has_only_begun(name, seeds, tmp_path):
     """One seed gives the same tables as three, without intervals; no cell is left empty for want of a number."""
     this, rng = Sweep(name, "smoke", tmp_path), np.random.default_rng(0)
     found = [made_up(each, rng) for seed in range(1, seeds + 1) for each in this.runs(seed)]
-    text = this.protocol.report(found)
+    text = this.protocol.report(found) + (this.protocol.headline(found) if name in FRONT else "")
     if seeds == 1:
         this.protocol.draw(found, tmp_path)
         assert (tmp_path / "smoke.png").read_bytes().startswith(b"\x89PNG")

@@ -145,6 +145,19 @@ def report(found: list[dict]) -> str:
 {claims(judged(found))}"""
 
 
+def headline(found: list[dict]) -> str:
+    """README's table."""
+    names = {"baseline": "GPT-2, as it was", "control, one": "the same steps without a torus"}
+    names |= {f"depth {D}": f"layer 0, {D} platter{'s' * (D > 1)}" for D in DEPTHS}
+    names |= {"layers four": "four layers, 2 platters", "published recipe": "layer 0, published: random weights, 24 steps"}
+    rows = []
+    for arm, label in names.items():
+        against = arm not in ("baseline", "control, one")
+        interval = shown(mean_interval(cost(found, arm)), 2, " %", "+") if against else ""
+        rows.append([label, f"{losses(found, perplexity, arm=arm).mean():.3f}", interval])
+    return table(("", "perplexity", "loss against its control"), rows)
+
+
 def questions(found: list[dict]) -> list[list[str]]:
     rows = []
 
