@@ -51,10 +51,8 @@ def front(sweep: Sweep) -> str:
         return f"Not run yet: `make experiment NAME={sweep.name}`.\n"
     seeds = len({each["seed"] for each in runs})
     picture = f"![experiment {sweep.name}](experiments/{sweep.name}/{sweep.preset}.png)"
-    return (
-        f"{sweep.protocol.headline(runs)}\n{picture}\n\n{seeds} seeds, {len(runs)} runs, preset {sweep.preset}, intervals "
-        f"of 95 % over seeds: [all of it](experiments/{sweep.name}/README.md).\n"
-    )
+    made = f"{seeds} seeds, {len(runs)} runs, preset {sweep.preset}, intervals of 95 % over seeds"
+    return f"{sweep.protocol.headline(runs)}\n{picture}\n\n{made}: [all](experiments/{sweep.name}/README.md).\n"
 
 
 def origin(runs: list[dict]) -> str:

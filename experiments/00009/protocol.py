@@ -122,16 +122,17 @@ The questions:
 def headline(found: list[dict]) -> str:
     """README's table: one bandwidth, each arm at its best rate."""
     _, w, narrow = bandwidths(found[0]["settings"]["C"])
-    names = {"dense": "dense", f"fc1 {w}": f"FC1 band {w}", f"fc2 {w}": f"FC2 band {w}", f"both {w}": f"both {w}"}
-    names |= {f"narrower, as both {w}": "no band, a narrower MLP of as many weights", f"both {narrow}": f"both {narrow}"}
-    names |= {f"narrower, as both {narrow}": "no band, a narrower MLP of as many weights"}
+    names = {"dense": "dense", f"fc1 {w}": f"FC1 band {w}", f"fc2 {w}": f"FC2 band {w}"}
+    for width in (w, narrow):
+        names |= {f"both {width}": f"both {width}", f"narrower, as both {width}": "a narrower MLP of as many weights"}
     rows = []
     for arm, label in names.items():
         at_best, dense = (losses(found, arm=each, lr=best_rate(found, each)) for each in (arm, "dense"))
         run = pick(found, arm=arm)[0]
         kept = f"{density(run, 'fc1')}, {density(run, 'fc2')}" if "band" in label or "both" in label else ""
         rows.append([label, kept, f"{at_best.mean():.4f}", delta(at_best, dense) if arm != "dense" else ""])
-    return table(("each at its best learning rate", "weights kept of FC1, FC2", "validation loss", "against dense"), rows)
+    header = ("each at its best learning rate", "weights kept of FC1, FC2", "validation loss", "against dense")
+    return table(header, rows)
 
 
 def in_percent(a, b, base):

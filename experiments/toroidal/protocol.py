@@ -149,7 +149,7 @@ def headline(found: list[dict]) -> str:
     """README's table."""
     names = {"baseline": "GPT-2, as it was", "control, one": "the same steps without a torus"}
     names |= {f"depth {D}": f"layer 0, {D} platter{'s' * (D > 1)}" for D in DEPTHS}
-    names |= {"layers four": "four layers, 2 platters", "published recipe": "layer 0, published: random weights, 24 steps"}
+    names |= {"layers four": "four layers, 2 platters", "published recipe": "as published: random weights, 24 steps"}
     rows = []
     for arm, label in names.items():
         against = arm not in ("baseline", "control, one")
