@@ -2,7 +2,8 @@
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from llmc.dataloader import write_tokens
 from llmc.errors import UserError
-from llmc.tokenizer import byte_tokenizer, encode_ordinary, gpt2_encoding, gpt2_tokenizer
+from llmc.tokenizer import Tokenizer, byte_tokenizer, encode_ordinary, gpt2_encoding, gpt2_tokenizer
 
 TOKENIZERS = {"gpt2": gpt2_tokenizer, "byte": byte_tokenizer}
 THREADS = 8  # that encode documents
@@ -25,18 +26,38 @@ def gpt2_tokens(documents: Sequence[str]) -> np.ndarray:
     """
     encoding = gpt2_encoding()
 
-    def tokens(number: int, document: str) -> np.ndarray:
+    def tokens(numbered: tuple[int, str]) -> np.ndarray:
+        number, document = numbered
         with blamed_on(f"document {number} of {len(documents)}", "take it out of the text, or shorten it"):
             return np.array([encoding.eot_token, *encode_ordinary(encoding, document)], np.uint16)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            parts = list(pool.map(tokens, range(1, len(documents) + 1), documents))
-        finally:
-            pool.shutdown(
-                cancel_futures=True
-            )  # after Ctrl-C the documents that have their turn are finished, no others
+    parts = in_order(tokens, enumerate(documents, 1), THREADS)
     return np.concatenate([np.empty(0, np.uint16), *parts])
+
+
+def in_order(work: Callable, items: Iterable, workers: int) -> Iterator:
+    """work(item) of each item, in the order of the items, by so many threads; two items a thread are held at a time.
+
+    tiktoken leaves the interpreter to others while it encodes.
+    """
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) == 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:  # after Ctrl-C the items that have their turn are finished, no others
+            pool.shutdown(cancel_futures=True)
+
+
+def text_tokens(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """uint16 tokens of `text`, for each byte of which there is a token; without an EOT."""
+    if tokenizer.has_only_bytes:
+        return tokenizer.byte_ids[np.frombuffer(text.encode(), np.uint8)].astype(np.uint16)
+    return np.array(encode_ordinary(tokenizer.encoding, text), np.uint16)
 
 
 @contextlib.contextmanager
@@ -118,8 +139,13 @@ def write_tokenizer(name: str, folder: Path) -> None:
 def print_next_commands(tokenizer: str, train: Path, val: Path) -> None:
     """What to type after preparing data: a model for its vocabulary, unless there is one, and the training run."""
     model, vocab = {"gpt2": ("model.bin", ""), "byte": ("byte.bin", "--vocab byte ")}[tokenizer]
-    commands = [f"python train_banded.py -e {model} -i {typed(train)} -j {typed(val)}"]
-    if not Path(model).exists():
-        commands.insert(0, f"python data/create_model.py {vocab}-o {model}")
+    print_commands(Path(model), vocab, f"-i {typed(train)} -j {typed(val)}")
+
+
+def print_commands(model: Path, vocab: str, run: str) -> None:
+    """The same with flags: `vocab` of data/create_model.py, which is left out if there is the model, `run` of a run."""
+    commands = [f"python train_banded.py -e {typed(model)} {run}"]
+    if not model.exists():
+        commands.insert(0, f"python data/create_model.py {vocab}-o {typed(model)}")
     for label, command in zip(("next", "then"), commands):
         print(f"{label}: {command}")

@@ -37,9 +37,9 @@ from tqdm import tqdm
 from data.corpus import blamed_on, check_enough, make_folder, print_next_commands, shown, typed, write_tokenizer
 from data.download import download, require_space
 from llmc.cli import ArgumentParser, positive_int
-from llmc.dataloader import MAGIC, MAX_TOKENS, VERSION
+from llmc.dataloader import MAX_TOKENS, token_header
 from llmc.errors import UserError, explain_os_error, run
-from llmc.files import HEADER_BYTES, HEADER_INTS, atomic_write
+from llmc.files import HEADER_BYTES, atomic_write
 from llmc.interrupt import SIGNALS
 from llmc.tokenizer import encode_ordinary, gpt2_encoding
 
@@ -223,10 +223,8 @@ def write_split(path: Path, parts: Iterable[np.ndarray]) -> None:
         check_enough(path, num_tokens)
         if num_tokens > MAX_TOKENS:
             raise UserError(f"{path}: {num_tokens} tokens, a data file holds at most {MAX_TOKENS}", "leave shards out")
-        header = np.zeros(HEADER_INTS, "<i4")
-        header[:3] = MAGIC, VERSION, num_tokens
         file.seek(0)
-        file.write(header.data)
+        file.write(token_header(num_tokens))
     print(f"wrote {shown(path)}: {num_tokens:,} tokens")
 
 

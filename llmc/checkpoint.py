@@ -273,6 +273,12 @@ def _read_sizes(file: BinaryIO, path: str | os.PathLike) -> tuple[np.ndarray, GP
     return header, config, version
 
 
+def read_config(path: str | os.PathLike) -> GPT2Config:
+    """The sizes of a model file of either magic. Raises UserError for a wrong magic, version or range."""
+    with open_file(path) as file:
+        return _read_sizes(file, path)[1]
+
+
 def check_is_model(path: str | os.PathLike, flag: str) -> None:
     """Raise UserError naming `flag` unless the existing `path` is a model file, which a checkpoint may replace."""
     with open_file(path) as file:

@@ -31,11 +31,16 @@ def write_tokens(path: str | os.PathLike, tokens: np.ndarray) -> None:
         raise ValueError(f"tokens are {tokens.dtype}, a {WHAT} holds uint16")
     if tokens.size > MAX_TOKENS:
         raise UserError(f"{path}: {tokens.size} tokens, a {WHAT} holds at most {MAX_TOKENS}", "write several shards")
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
     with atomic_write(path) as file:
-        file.write(header.data)
+        file.write(token_header(tokens.size))
         file.write(np.ascontiguousarray(tokens, "<u2").data)
+
+
+def token_header(num_tokens: int) -> bytes:
+    """The header of a shard of so many tokens."""
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, num_tokens
+    return header.tobytes()
 
 
 def count_tokens(path: str | os.PathLike) -> int:

@@ -22,7 +22,7 @@ from llmc.options import command, saved_options
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
-from llmc.tokenizer import Tokenizer, end_of_text, open_tokenizer
+from llmc.tokenizer import Tokenizer, check_marks, end_of_text, open_tokenizer
 
 
 @dataclass
@@ -56,6 +56,7 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
     train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
     train_loader = DataLoader(train_data, B, T, vocab_size=V, shuffle=shuffle, seed=args.seed or 42)
     val_loader = DataLoader(args.val_data, B, T, vocab_size=V)
+    check_marks([*train_loader.paths, *val_loader.paths], tokenizer, args.model, V)
     start = state.step if state else 0
     steps = args.steps if args.steps >= 0 else epochs * train_loader.epoch_batches // args.grad_accum
     if args.steps < 0 and steps == 0:

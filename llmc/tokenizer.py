@@ -8,8 +8,10 @@ A byte pair encoder needs no more than this file: the merges of GPT-2 rank as th
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +26,7 @@ MAX_VOCAB = 1 << 24
 GPT2_VOCAB, GPT2_EOT = 50257, 50256
 BYTE_VOCAB, BYTE_EOT = 256, 0
 ENDOFTEXT = "<|endoftext|>"
+MARK = "tokenized_by.json"  # lies beside token data
 HINT = "python data/shakespeare.py writes the tokenizer that goes with its data"
 
 # GPT-2 cuts a text in pieces and encodes each for itself: the pattern of its encoder.py in the words of tiktoken's
@@ -75,14 +78,22 @@ class Tokenizer:
 
     def write(self, path: str | os.PathLike) -> None:
         """Write version 2, atomically. Raises ValueError for a token that is not 1..255 bytes long."""
+        content = self._content()
+        with atomic_write(path) as file:
+            file.write(content)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of the file that `write` makes: equal for two tokenizers that turn every text into equal ids."""
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
         for token_id, token in enumerate(self.tokens):
             if not 1 <= len(token) <= 255:
                 raise ValueError(f"token {token_id} is {len(token)} bytes long, a tokenizer file holds 1..255")
         header = np.zeros(HEADER_INTS, "<u4")
         header[:4] = MAGIC, 2, self.vocab_size, self.eot
-        with atomic_write(path) as file:
-            file.write(header.data)
-            file.write(b"".join(bytes([len(token)]) + token for token in self.tokens))
+        return header.tobytes() + b"".join(bytes([len(token)]) + token for token in self.tokens)
 
     def decode(self, token_id: int) -> bytes:
         """The bytes of one token. Raises UserError for an id that the file does not have."""
@@ -111,14 +122,14 @@ class Tokenizer:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is no valid Unicode at character {error.start}", "give it as UTF-8") from None
-        missing = set(data) - {token[0] for token in self.ranks if len(token) == 1}
+        missing = self.missing & set(data)
         if missing:
             raise UserError(
                 f"{self.name}: the text has the byte {min(missing):#04x}, for which there is no token",
                 "use characters that the training text had, or a model with another tokenizer",
             )
         if self.has_only_bytes:
-            return [self.ranks[bytes([byte])] for byte in data]
+            return self.byte_ids[np.frombuffer(data, np.uint8)].tolist()
         return encode_ordinary(self.encoding, text)
 
     @cached_property
@@ -129,6 +140,16 @@ class Tokenizer:
     @cached_property
     def has_only_bytes(self) -> bool:
         return all(len(token) == 1 for token in self.ranks)
+
+    @cached_property
+    def byte_ids(self) -> np.ndarray:
+        """int32 (256), the token of each byte alone; 0 where there is none, see `missing`."""
+        return np.array([self.ranks.get(bytes([byte]), 0) for byte in range(256)], np.int32)
+
+    @cached_property
+    def missing(self) -> set[int]:
+        """The bytes for which there is no token: a text that has one cannot be encoded."""
+        return {byte for byte in range(256) if bytes([byte]) not in self.ranks}
 
     @cached_property
     def encoding(self):
@@ -196,6 +217,41 @@ def open_tokenizer(name: str | None, model_path: str | os.PathLike, V: int) -> T
     if tokenizer.vocab_size != V:
         raise UserError(f"{path}: {tokenizer.vocab_size} tokens, {model_path} has a vocabulary of {V}", HINT)
     return tokenizer
+
+
+def write_mark(folder: Path, name: str, tokenizer: Tokenizer) -> None:
+    """Write the file that says of the token data in `folder` which tokenizer made them, `name` to a reader."""
+    mark = dict(name=name, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot, sha256=tokenizer.sha256)
+    with atomic_write(folder / MARK) as file:
+        file.write(json.dumps(mark, indent=1).encode() + b"\n")
+
+
+def check_marks(data_paths: Iterable[str], tokenizer: Tokenizer | None, model_path: str | os.PathLike, V: int) -> None:
+    """Print a warning for each folder of token data whose tokenizer, by its mark, is not the model's.
+
+    tokenizer: the model's, None where none was found: then the vocabularies' sizes are compared. Folders without a mark
+    are not spoken of. Raises UserError for a mark that is none.
+    """
+    for folder in sorted({Path(path).parent for path in data_paths}):
+        if (folder / MARK).exists():
+            name, vocab_size, sha256 = _read_mark(folder / MARK)
+            if sha256 != tokenizer.sha256 if tokenizer else vocab_size != V:
+                other = f"{tokenizer.name}, {tokenizer.vocab_size} tokens" if tokenizer else f"{V} tokens"
+                print(f"---\nWARNING: the data in {folder} were made with the tokenizer {name}, {vocab_size} tokens")
+                print(f"the model {model_path} goes with another ({other}): to it these tokens mean something else")
+                print("---> HINT: make the data again for this model, or name their tokenizer by --tokenizer\n---")
+
+
+def _read_mark(path: Path) -> tuple[str, int, str]:
+    with open_file(path) as file:
+        try:
+            mark = json.loads(file.read(1 << 16))
+            name, vocab_size, sha256 = mark["name"], mark["vocab_size"], mark["sha256"]
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            found = f"{type(error).__name__}: {error}"
+            hint = "make the data again, or delete this file: then nothing is compared"
+            raise UserError(f"{path}: expected name, vocab_size and sha256 of a tokenizer ({found})", hint) from None
+    return name, vocab_size, sha256
 
 
 def end_of_text(tokenizer: Tokenizer | None, V: int) -> int:
