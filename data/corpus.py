@@ -119,13 +119,10 @@ def write_corpus(folder: Path, name: str, train: np.ndarray, val: np.ndarray) ->
     return tuple(paths)
 
 
-def check_enough(path: Path, num_tokens: int) -> None:
+def check_enough(path: Path, num_tokens: int, hint: str = "take a longer text: the file was not written") -> None:
     """Raise UserError if the data file `path` would hold too few tokens for a batch of one row of one token."""
     if num_tokens < LEAST_TOKENS:
-        raise UserError(
-            f"{path}: the text gives {num_tokens} tokens, a data file needs {LEAST_TOKENS} or more",
-            "take a longer text: the file was not written",
-        )
+        raise UserError(f"{path}: the text gives {num_tokens} tokens, a data file needs {LEAST_TOKENS} or more", hint)
 
 
 def write_tokenizer(name: str, folder: Path) -> None:

@@ -219,10 +219,10 @@ def all_parts(paths: list[str], args: argparse.Namespace, missing: set[int], rea
 
 def file_size(path: str) -> int:
     """Bytes of an ordinary file. Raises UserError if it is none."""
-    with open_file(path):
-        if not os.path.isfile(path):
-            raise UserError(f"{path}: not an ordinary file", "write what it gives into one, and name that")
-        return os.path.getsize(path)
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: not an ordinary file", "write what it gives into one, and name that")
+    with open_file(path) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ class Shards:
         """Write what is left, and the headers. Raises UserError if there is too little for any training."""
         self._write(self._over)
         for path, file, count in zip(self.paths, self._files, self.counts):
-            check_enough(path, count)
+            check_enough(path, count, "take a longer text, or a larger --val: nothing was written")
             file.seek(0)
             file.write(token_header(count))
 
