@@ -20,6 +20,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import re
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from llmc.checkpoint import (
     model_header,
     num_parameters,
     tensor_shapes,
-    to_bfloat16,
+    write_values,
 )
 from llmc.cli import ArgumentParser
 from llmc.errors import UserError, run
@@ -121,11 +122,9 @@ def copy_weights(file, tensors: dict[str, Tensor], config: GPT2Config, version: 
         layered, size = hf.NAMES[name].startswith("h."), 0
         for l in range(shape[0] if layered else 1):
             values = tensors[hf.NAMES[name].format(l)].read()
-            values = np.ascontiguousarray(values.T if name in hf.TRANSPOSED else values, "<f4")
-            file.write((to_bfloat16(values) if version == BFLOAT16 else values).data)
+            write_values(file, values.T if name in hf.TRANSPOSED else values, version)
             size += values.size
-        padding = np.zeros(int(np.prod(shape)) - size, "<f4")  # of wte alone
-        file.write((to_bfloat16(padding) if version == BFLOAT16 else padding).data)
+        write_values(file, np.zeros(prod(shape) - size, np.float32), version)  # the padding, of wte alone
 
 
 def open_tokenizer(folder: Path, settings: dict) -> Tokenizer | None:

@@ -302,13 +302,18 @@ def write_model(path: str | os.PathLike, model: Model) -> None:
     if model.params.size != num_parameters(model.config):
         raise ValueError(f"{model.params.size} parameters, the sizes ask for {num_parameters(model.config)}")
     header = model_header(model)
-    params = np.ascontiguousarray(model.params, "<f4")
     with atomic_write(path) as file:
         file.write(header)
-        for start in range(0, params.size, BLOCK):  # converting takes several times the block's memory
-            block = params[start : start + BLOCK]
-            file.write((to_bfloat16(block) if model.version == BFLOAT16 else block).data)
+        write_values(file, model.params, model.version)
         file.write(np.ascontiguousarray(model.extra, "<f4").data)
+
+
+def write_values(file: BinaryIO, values: np.ndarray, version: int) -> None:
+    """Append float32 values as the version says."""
+    flat = np.ascontiguousarray(values, "<f4").reshape(-1)
+    for start in range(0, flat.size, BLOCK):  # converting takes several times the block's memory
+        block = flat[start : start + BLOCK]
+        file.write((to_bfloat16(block) if version == BFLOAT16 else block).data)
 
 
 def model_header(model: Model) -> bytes:
