@@ -7,6 +7,7 @@ import ast
 import functools
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -47,13 +48,16 @@ SCRIPTS += [
 ]
 SCRIPTS += ["tests/golden_run.py", "tests/check_gpt2.py", "tests/cuda_emulator/build.py"]
 LIBRARIES = {"data/corpus.py", "data/download.py", "benchmarks/turns.py", "benchmarks/kernel_times.py"}  # no command
+LIBRARIES |= {"data/hf.py", "data/tensor_file.py"}
 LIBRARIES |= {f"experiments/{name}.py" for name in ("sweep", "report", "stats")}
 # without a parser: how many words they take
 WORDS = {"tests/golden_run.py": 1, "tests/check_gpt2.py": 2, "tests/cuda_emulator/build.py": 1}
 WORDS |= {"-m kernels.cuda.runtime.roofline": 0}
 TO_BE_MADE = {"train_activation.py"}  # by the reader, as CONTRIBUTING.md tells
 OTHERS = {"-m pytest", "-m pip", "-m venv", "-m ruff"}  # programs of others
-OWN = {"theirs.txt", "TRAIN.bin", "VAL.bin"}  # what only the reader can have: output of another trainer, own data
+# what only the reader can have: output of another trainer, own data, own text, a download
+OWN = {"theirs.txt", "TRAIN.bin", "VAL.bin", "book.txt", "more/*.txt", "posts.jsonl", "gpt2", "gpt2/model.safetensors"}
+OWN |= {"openwebtext/train.bin", "openwebtext/val.bin"}
 MAKE = re.compile(r"\bmake(?: -\w+)* ([a-z_]+)")
 # a command: python, ours or the Makefile's, a script or module, and its words up to a comment, a pipe or a bracket
 COMMAND = re.compile(
@@ -164,6 +168,7 @@ def test_help_commands_parse(script, monkeypatch):
 def positional(script: str) -> list[str]:
     """Words that the script cannot do without."""
     words = {"-m llmc.diff": ["A", "B"], "-m llmc.plot": ["log_sparse.txt"], "experiments/run.py": ["00009"]}
+    words |= {"data/text.py": ["book.txt"], "data/to_hf.py": ["model.bin"], "data/from_hf.py": ["gpt2"]}
     words["experiments/initial_model.py"] = ["-e", "model.bin", "-o", "other.bin"]
     words["experiments/draw_band.py"] = ["-e", "checkpoint.bin", "--before", "model.bin"]
     words["experiments/draw_selection.py"] = ["-e", "sparse.bin", "-j", "val.bin"]
@@ -226,6 +231,13 @@ def files(script: str, words: list[str], there: dict[str, int], monkeypatch) -> 
         reads, writes = {args.model}, {str(args.output): there.get(args.model, 0)}
     elif script == "data/shakespeare.py":
         writes = data_files("shakespeare_byte" if args.tokenizer == "byte" else "shakespeare")
+    elif script == "data/text.py":
+        reads = {*args.files}
+        writes = {os.path.relpath(args.out_dir / f"{split}_000.bin", ROOT): 0 for split in ("train", "val")}
+    elif script == "data/to_hf.py":
+        reads, writes = {str(args.model)}, {str(args.out_dir): 0}
+    elif script == "data/from_hf.py":
+        reads, writes = {str(args.source)}, {str(args.output): 50257}
     elif script == "data/create_model.py":
         writes = {str(args.output): args.vocab}
     elif script == "data/starter_pack.py":
