@@ -183,13 +183,13 @@ def record_text(line: bytes, place: str, path: str, at: int, field: str, missing
 
 def no_utf8(path: str, place: int, error: UnicodeDecodeError, first: bytes) -> UserError:
     """What tells of a byte that is no UTF-8; first: how the file begins."""
-    utf16 = first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    was = "UTF-16" if utf16 else "WINDOWS-1252"
-    name = shlex.quote(path)
-    hint = f"if it is {was}: iconv -f {was} -t UTF-8 {name} > {shlex.quote(path + '.utf8')}"
-    return UserError(
-        f"{path}: byte {place} is {error.object[error.start]:#04x}, which is no UTF-8: {error.reason}", hint
-    )
+    was = "UTF-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "WINDOWS-1252"
+    root, ending = os.path.splitext(path)
+    hint = f"if it is {was}: iconv -f {was} -t UTF-8 {shlex.quote(path)} > {shlex.quote(root + '_utf8' + ending)}"
+    if ending == ".bin":
+        hint = "--nanogpt, if it holds the tokens that nanoGPT's prepare.py wrote"
+    found = f"byte {place} is {error.object[error.start]:#04x}, which is no UTF-8: {error.reason}"
+    return UserError(f"{path}: {found}", hint)
 
 
 def unencodable(path: str, place: int | None, byte: int) -> UserError:

@@ -21,7 +21,7 @@ MAGIC, VERSION = 20240520, 1
 LLAMA3_MAGIC = 20240801
 MAX_TOKENS = (1 << 31) - 1  # the count is an int32
 WHAT = "token data file"
-HINT = "make data writes a good one, python data/tinyshakespeare.py and data/tinystories.py fetch llm.c's"
+HINT = "make data writes a good one, python data/text.py makes one of a text of yours, or with --nanogpt of nanoGPT's"
 SAME_FLAGS = "resume with the same -i, -b and -t as the saved run, and the same data"
 
 

@@ -173,12 +173,12 @@ def test_invalid_utf8_is_told_with_its_byte(monkeypatch, content, byte, found, r
     Path("my book.txt").write_bytes(content)
     error = refused("my book.txt")
     assert error.message.startswith(f"my book.txt: byte {byte} is {found}")
-    assert error.hint == "if it is WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8 'my book.txt' > 'my book.txt.utf8'"
+    assert error.hint == "if it is WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8 'my book.txt' > 'my book_utf8.txt'"
 
 
 def test_utf16_is_recognised():
     Path("x.txt").write_bytes(BOOK.encode("utf-16"))
-    assert "iconv -f UTF-16 -t UTF-8 x.txt > x.txt.utf8" in refused("x.txt").hint
+    assert "iconv -f UTF-16 -t UTF-8 x.txt > x_utf8.txt" in refused("x.txt").hint
 
 
 def test_a_zero_byte():
@@ -381,6 +381,11 @@ def test_a_file_that_is_not_nanogpts(monkeypatch, content, found):
     monkeypatch.setattr(text, "READ", 512)
     Path("t.bin").write_bytes(content)
     assert refused("t.bin", "--nanogpt", "--tokenizer", "byte").message == f"t.bin: {found}"
+
+
+def test_tokens_taken_for_text():
+    Path("train.bin").write_bytes(b"\1\xff" * 100)
+    assert refused("train.bin").hint == "--nanogpt, if it holds the tokens that nanoGPT's prepare.py wrote"
 
 
 def test_a_file_with_a_header_is_no_nanogpt_file():
