@@ -175,7 +175,6 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer:
         write_tokenizer(tokenizer, config, args.output, args.force)
     print(f"next: python generate.py -e {typed(args.output)}")
-    print(f"then: python train_banded.py -d 1 -e {typed(args.output)}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ field of a line of a .jsonl file; an EOT stands before each. Held out for valida
 the text files, from the next blank line on (else line, else word), and every tenth record (1 / --val) of .jsonl.
 
 Files are read piece by piece, and threads encode the pieces: the same shards for any --workers, and the memory does not
-depend on the size of a file. A text is cut between a blank and a word, where GPT-2's pattern cuts it anyway; only a
-million characters without a blank are cut within.
+depend on the size of a file. A text is cut before the blank that leads a word, where GPT-2's pattern cuts it anyway;
+only a word of more than a million characters is cut within.
 """
 
 import os
@@ -110,7 +110,8 @@ def decoded(
     path: str, cut: int | None, gap: int, missing: set[int], read: Callable[[int], None]
 ) -> Iterator[tuple[int, str]]:
     """(byte, text from there on) of a text file, one of them from `cut` to `cut` + `gap`; \\r\\n and \\r become \\n."""
-    unknown = re.compile(b"[%s]" % re.escape(bytes(sorted(missing - {13})))) if missing - {13} else None
+    missing = missing if 10 in missing else missing - {13}  # \r becomes \n
+    unknown = re.compile(b"[%s]" % re.escape(bytes(sorted(missing)))) if missing else None
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     with open_file(path) as file:
         first = file.peek(4)[:4]

@@ -193,6 +193,19 @@ def test_a_zero_byte():
     assert error.hint == "take it out (tr -d '\\000'), or --tokenizer gpt2, which knows all bytes"
 
 
+def test_a_byte_that_a_tokenizer_of_characters_lacks():
+    """Told with its place in the file, be it a return that would become the line's end, which is not known either."""
+    Tokenizer([b"a", b"b", b"\n", b"<end>"], 3).write("abn.bin")
+    Tokenizer([b"a", b"b", b"<end>"], 2).write("ab.bin")
+    Path("x.txt").write_bytes(b"\xef\xbb\xbf" + b"ab\r\n" * 50)
+    train, val = make("x.txt", "--tokenizer", "abn.bin")
+    assert train + val == [3, *[0, 1, 2] * 46, 3, *[0, 1, 2] * 4]
+    os.rename("out", "kept")
+    assert refused("x.txt", "--tokenizer", "ab.bin").message.startswith("x.txt: byte 5 is 0x0d")
+    Path("x.txt").write_bytes(b"abab" * 50 + b"c")
+    assert refused("x.txt", "--tokenizer", "abn.bin").message.startswith("x.txt: byte 200 is 0x63")
+
+
 def test_nothing_but_empty_files(capsys):
     for name in ("a.txt", "b.jsonl"):
         Path(name).write_text("")
