@@ -92,6 +92,10 @@ class Shares:
         """As the model's, over all rows."""
         return self.mean("mean_loss")
 
+    def losses(self) -> np.ndarray:
+        """As the model's: (B*T) of all rows."""
+        return np.concatenate(self.each(*len(self.models) * [partial(_call, "losses")]))
+
     def mean(self, of: str) -> float:
         """The mean over all rows of what a model's method of that name returns, a mean over its rows."""
         found = self.each(*len(self.models) * [partial(_call, of)])
