@@ -21,7 +21,7 @@ START = 65535  # in front of an example
 COMPLETIONS = 4
 MAX_EXAMPLES = MAX_BYTES = 65535  # the index and the size of an example are uint16
 FIELDS = 5  # uint16 in front of an example's tokens
-WHAT = "eval file"
+WHAT = "file of questions"
 HINT = "python data/hellaswag.py writes a good one"
 
 
@@ -46,7 +46,7 @@ def write_examples(path: str | os.PathLike, examples: list[Example]) -> None:
     """
     records = [_record(index, example, path) for index, example in enumerate(examples)]
     if not 1 <= len(records) <= MAX_EXAMPLES:
-        raise UserError(f"{path}: {len(records)} examples, an {WHAT} holds 1..{MAX_EXAMPLES}", "write several files")
+        raise UserError(f"{path}: {len(records)} examples, a {WHAT} holds 1..{MAX_EXAMPLES}", "write several files")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:4] = MAGIC, VERSION, len(records), max(record.nbytes for record in records)
     with atomic_write(path) as file:
