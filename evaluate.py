@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import kernels  # before NumPy, see its docstring  # isort: skip
@@ -85,13 +85,13 @@ def windows(paths: list[str], T: int, stride: int, vocab_size: int) -> Iterator[
                 yield tokens, T - stride if number else 0
 
 
-def total_loss(model, rows: Iterator[tuple[np.ndarray, int]]) -> tuple[float, int]:
+def total_loss(model, rows: Iterable[tuple[np.ndarray, int]]) -> tuple[float, int]:
     """The sum of the losses of all tokens that windows score, and how many those are. A loss may be NaN.
 
     What stands behind a row's end is of no meaning: what comes before does not see it.
     """
     inputs, targets = (np.zeros((model.B, model.T), np.int32) for _ in range(2))
-    total, count = 0.0, 0
+    rows, total, count = iter(rows), 0.0, 0
     while batch := list(islice(rows, model.B)):
         for row, (tokens, _) in enumerate(batch):
             inputs[row, : len(tokens) - 1], targets[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
@@ -111,7 +111,7 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     """The 95 % interval of the probability behind `correct` of `count` (Wilson 1927): the p that differ from
     correct / count by at most Z standard errors sqrt(p (1 - p) / count)."""
     middle, spread = correct + Z * Z / 2, Z * math.sqrt(correct * (count - correct) / count + Z * Z / 4)
-    return (middle - spread) / (count + Z * Z), (middle + spread) / (count + Z * Z)
+    return max(0.0, (middle - spread) / (count + Z * Z)), min(1.0, (middle + spread) / (count + Z * Z))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

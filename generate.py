@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 
@@ -139,7 +140,7 @@ class Timed:
         return f"{first}; decode: {after} tokens, {after / max(self.decode, 1e-9):.1f} tok/s"
 
 
-def print_model(args, model, file: Model, seed: int) -> None:
+def print_model(args: Namespace, model, file: Model, seed: int) -> None:
     """What text comes from: settings and sizes, and what the model's training had and text from it cannot have."""
     banner = "GPT-2 Inference (Banded Sparsity Checkpoint)" if file.kind == BANDED else "GPT-2 Inference"
     print(f"=== {banner} ===\nModel: {args.checkpoint}\nTokens: {args.tokens}\nSeed: {seed}")

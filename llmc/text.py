@@ -39,14 +39,17 @@ def typed_prompts() -> Iterator[str]:
         with suppress(ImportError):
             import readline  # noqa: F401, what input() edits by
     sys.stdin = stdin
-    with suppress(EOFError):
-        while True:
-            try:
-                yield input(mark)
-            except UnicodeDecodeError as error:
-                raise UserError(f"-i: a prompt is no text: {error.reason}", "give it as UTF-8") from None
-            except OSError as error:
-                raise explain_os_error(error, "standard input", "-i: reading") from None
+    while True:
+        try:
+            yield input(mark)
+        except EOFError:
+            if mark:
+                print()  # the shell's own mark begins a line
+            return
+        except UnicodeDecodeError as error:
+            raise UserError(f"-i: a prompt is no text: {error.reason}", "give it as UTF-8") from None
+        except OSError as error:
+            raise explain_os_error(error, "standard input", "-i: reading") from None
 
 
 def print_text(tokens: Iterable[int], tokenizer: Tokenizer | None, stop: str = ""):

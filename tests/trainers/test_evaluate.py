@@ -261,6 +261,7 @@ def test_progress_is_told_as_llmc_does(nine, measure):
 )
 def test_intervals_are_the_published_ones(correct, count, low, high):
     assert evaluate.wilson(correct, count) == pytest.approx((low, high), abs=5e-5)
+    assert all(0 <= end <= 1 for n in range(1, 300) for k in (0, n) for end in evaluate.wilson(k, n))
     assert evaluate.wilson(count - correct, count) == pytest.approx((1 - high, 1 - low), abs=5e-5)
 
 
