@@ -22,6 +22,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
@@ -46,6 +47,8 @@ EPILOG = """examples:
 
 A text ends at end-of-text, at -n tokens or before the word of --stop. -p @FILE takes the prompt from a file, -p - from
 standard input, both without a newline at the end. --temperature 0 always takes the likeliest token."""
+
+NO_SIGNAL = SimpleNamespace(signal=None)  # without -i 1 Ctrl-C ends the program
 
 
 def arguments() -> cli.ArgumentParser:
@@ -175,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         if given and tokenizer is None:
             raise UserError(f"{flag}: no tokenizer file for text of {args.checkpoint}", "name one by --tokenizer")
     eot, seed = end_of_text(tokenizer, config.V), args.seed or time.time_ns()
+    end = None if args.ignore_eot else eot
     print_model(args, model, file, seed)
 
     def write(start: str, tokens: list[int], text_seed: int) -> int | None:
@@ -188,18 +192,15 @@ def main(argv: list[str] | None = None) -> int:
             return draw(logits, sampler, args.temperature, args.top_k, args.top_p)
 
         timed = Timed(generate(model, tokens, args.tokens, choose, args.cache))
-        with Interrupt("ending this text") if args.interactive else nullcontext() as interrupt:
-
-            def goes_on(token: int) -> bool:
-                return (token != eot or args.ignore_eot) and not (interrupt and interrupt.signal)
-
+        with Interrupt("ending this text") if args.interactive else nullcontext(NO_SIGNAL) as interrupt:
             print("Generating:" if text_seed == seed else f"Generating, seed {text_seed}:", flush=True)
             sys.stdout.buffer.write(start.encode())
-            print_text(itertools.takewhile(goes_on, timed), tokenizer, args.stop)
+            wanted = itertools.takewhile(lambda token: token != end and not interrupt.signal, timed)
+            print_text(wanted, tokenizer, args.stop)
         print("\n---")
         if args.stats:
             print(timed.described(min(len(tokens), config.maxT)))
-        return interrupt.signal if interrupt else None
+        return interrupt.signal
 
     text_seeds = seeds(seed)
     for start in typed_prompts() if args.interactive else [prompt]:

@@ -181,8 +181,11 @@ def default_data(V: int, split: str) -> str:
 
 
 def hellaswag_file() -> str:
-    """What data/hellaswag.py writes, as a path from the current folder."""
-    return str(Path(os.path.relpath(ROOT / "data")) / "hellaswag" / "hellaswag_val.bin")
+    """What data/hellaswag.py writes, as a path from the current folder. Raises UserError if it is not there."""
+    path = str(Path(os.path.relpath(ROOT / "data")) / "hellaswag" / "hellaswag_val.bin")
+    if not os.path.exists(path):
+        raise UserError(f"--hellaswag 1: there is no {path}", "python data/hellaswag.py fetches it")
+    return path
 
 
 def command(script: str, flag: str, path: str) -> str:

@@ -16,7 +16,7 @@ import train_banded
 import train_sparse_attn
 import train_toroidal
 from kernels import cpu
-from llmc import loop
+from llmc import loop, options
 from llmc.checkpoint import MATRICES, Model, read_model, write_model
 from llmc.dataloader import write_tokens
 from llmc.evalloader import Example, write_examples
@@ -355,8 +355,17 @@ def test_a_run_that_cannot_answer_is_refused_at_its_start(train, forty, folder):
     before = snapshot(folder)
     check_refused(train("banded", "-n 3 --hellaswag 1 -c c.bin", **forty | dict(batch_size=3)), "-b 3: a question")
     check_refused(train("banded", "-n 3 --hellaswag 1 -c c.bin", **forty | dict(seq_len=16)), "a row has 16")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "hellaswag_file", lambda: "data/hellaswag/hellaswag_val.bin")
-        refused = train("banded", "-n 3 --hellaswag 1 -c c.bin", **forty)
-    check_refused(refused, "reading data/hellaswag/hellaswag_val.bin: No such file")
     assert snapshot(folder) == before
+
+
+def test_hellaswag_is_looked_for_where_its_script_writes_it(train, folder, monkeypatch):
+    """In the clone's data folder, whatever the current one."""
+    monkeypatch.setattr(options, "ROOT", folder / "clone")
+    refused = train("banded", "-n 1 --hellaswag 1")
+    check_refused(
+        refused, "--hellaswag 1: there is no clone/data/hellaswag/hellaswag_val.bin", "python data/hellaswag.py"
+    )
+    (folder / "clone/data/hellaswag").mkdir(parents=True)
+    write_examples("clone/data/hellaswag/hellaswag_val.bin", questions(2))
+    data = dict(train_data="train_01.bin", val_data="train_01.bin", batch_size=4, seq_len=11)
+    check_refused(train("banded", "-n 1 --hellaswag 1", **data), "clone/data/hellaswag/hellaswag_val.bin: example ")

@@ -262,6 +262,8 @@ def test_a_prompt_from_a_file_or_standard_input(folder, write, monkeypatch, data
 def test_standard_input_that_was_closed_is_empty(write, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     assert text(done(write("-n 9 -s 2 -p -"))) == text(done(write("-n 9 -s 2")))
+    monkeypatch.setattr("sys.stdin", None)
+    assert all_texts(write("-n 9 -i 1")) == {}
 
 
 def test_prompts_that_are_no_text(folder, write, monkeypatch):
