@@ -49,9 +49,14 @@ def arguments() -> cli.ArgumentParser:
     add("-e", "--checkpoint", default="checkpoint.bin", help="model file")
     add("-j", "--val-data", help="pattern of token data, or an eval file (default: what the trainers validate on)")
     add("-b", "--batch-size", type=cli.positive_int, default=4, help="rows B of a batch; a question takes 4")
-    add("-t", "--seq-len", type=cli.positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
+    add(
+        "-t",
+        "--seq-len",
+        type=cli.positive_int,
+        help="tokens T of a row (default: the model's maximum, at most 1024; what questions need)",
+    )
     add("--stride", type=cli.positive_int, help="tokens from a window to the next (default: T)")
-    add("-m", "--val-batches", type=cli.natural, default=0, help="batches of windows, 0: all there are")
+    add("-m", "--val-batches", type=cli.natural, default=0, help="batches to take, 0: all there are")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=cli.flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
     add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")
