@@ -55,7 +55,8 @@ def share_rows(device, B: int, T: int, C: int, num_params: int) -> list[int]:
 class Shares:
     """Models with the same parameters, each for its rows of a batch; the first one's gradients are those of all.
 
-    Of a model it needs B, acts, grads_flat, allocate_activations, allocate_gradients, forward, backward and mean_loss.
+    Of a model it needs B, acts, grads_flat, allocate_activations, allocate_gradients, forward, backward, mean_loss and
+    losses.
     What is done to a model here reaches the others up to the first call, later through its parameters alone.
     """
 
@@ -91,6 +92,10 @@ class Shares:
     def mean_loss(self) -> float:
         """As the model's, over all rows."""
         return self.mean("mean_loss")
+
+    def losses(self) -> np.ndarray:
+        """As the model's: (B*T) of all rows."""
+        return np.concatenate(self.each(*len(self.models) * [partial(_call, "losses")]))
 
     def mean(self, of: str) -> float:
         """The mean over all rows of what a model's method of that name returns, a mean over its rows."""

@@ -74,6 +74,26 @@ class ShuffleState:
     mt_pos: int
 
 
+def find_shards(pattern: str) -> list[str]:
+    """Every file that matches `pattern`, in byte order of their names. Raises UserError if there is none."""
+    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern), key=os.fsencode)
+    if not paths:
+        raise UserError(
+            f"{pattern}: no such token data", "make data, or give a pattern in quotes: 'data/*_train_*.bin'"
+        )
+    return paths
+
+
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, path: str | os.PathLike, first: int) -> None:
+    """Raise UserError if one of `tokens`, which begin at token `first` of a shard, is not below vocab_size."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise UserError(
+            f"{path}: token {first + at} is {tokens[at]}, the model knows 0..{vocab_size - 1}",
+            "the data was made with another tokenizer: make it again for this model, or take a model made for it",
+        )
+
+
 class DataLoader:
     """Batches of every file that matches `pattern`, in byte order of their names; shuffled, a new order every epoch.
 
@@ -95,11 +115,7 @@ class DataLoader:
     ):
         self.B, self.T, self.rank, self.nproc = B, T, rank, nproc
         self.vocab_size, self.shuffle = vocab_size, shuffle
-        self.paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern), key=os.fsencode)
-        if not self.paths:
-            raise UserError(
-                f"{pattern}: no such token data", "make data, or give a pattern in quotes: 'data/*_train_*.bin'"
-            )
+        self.paths = find_shards(pattern)
         counts = [self._count_enough_tokens(path) for path in self.paths]
         self.num_tokens = sum(counts)
         # llm.c's count takes all shards for one, and may be above what there is: the loader wraps round
@@ -242,10 +258,6 @@ class DataLoader:
             read_array(self._file, self._raw)
         except OSError as error:
             raise explain_os_error(error, self.path, "reading") from None
-        if self.vocab_size is not None and self._raw.max() >= self.vocab_size:
-            at = int(np.argmax(self._raw >= self.vocab_size))
-            raise UserError(
-                f"{self.path}: token {first + at} is {self._raw[at]}, the model knows 0..{self.vocab_size - 1}",
-                "the data was made with another tokenizer: make it again for this model, or take a model made for it",
-            )
+        if self.vocab_size is not None:
+            check_vocabulary(self._raw, self.vocab_size, self.path, first)
         self._tokens[:] = self._raw

@@ -29,6 +29,13 @@ def explain_os_error(error: OSError, path: str | os.PathLike, doing: str) -> Use
     return UserError(f"{doing} {os.fspath(path)}: {error.strerror or error}", hint)
 
 
+def tell(error: UserError) -> None:
+    """Print `error: ...` and `---> HINT: ...` on stderr."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"---> HINT: {error.hint}", file=sys.stderr)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit: 0 or its return value, 1 (or the error's code) after a UserError, 130 after Ctrl-C.
 
@@ -45,9 +52,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except UserError as error:
         sys.stdout.flush()
-        print(f"error: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"---> HINT: {error.hint}", file=sys.stderr)
+        tell(error)
         code = error.exit_code
     except BrokenPipeError:  # `... | head`: nobody reads on; keep Python's shutdown from flushing into the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,13 +18,14 @@ class Interrupt:
                     save(); break
         return interrupt.exit_code
 
-    signal: None, or the number of the first signal. A signal that was ignored before (nohup, a shell's background
-    job) stays ignored. Only the main thread may set handlers; in any other the block runs without.
+    doing: what the first signal is answered with. signal: None, or the number of the first signal. A signal that was
+    ignored before (nohup, a shell's background job) stays ignored. Only the main thread may set handlers; in any other
+    the block runs without.
     """
 
-    def __init__(self):
+    def __init__(self, doing: str = "finishing this step"):
         self.signal: int | None = None
-        self._previous = {}
+        self._doing, self._previous = doing, {}
 
     @property
     def exit_code(self) -> int:
@@ -50,6 +51,6 @@ class Interrupt:
         for other in self._previous:
             signal.signal(other, signal.SIG_IGN if other == number == signal.SIGTERM else signal.SIG_DFL)
         again = "again " if number == signal.SIGINT else ""
-        text = f"finishing this step; press Ctrl-C {again}to stop at once\n"
+        text = f"{self._doing}; press Ctrl-C {again}to stop at once\n"
         with contextlib.suppress(OSError):  # not print: the handler may have cut into a print on the same stream
             os.write(2, (("\n" if os.isatty(2) else "") + text).encode())

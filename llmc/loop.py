@@ -1,7 +1,7 @@
 """What a training loop does besides training: validate, sample, check, save.
 
-A model here is anything with forward(inputs, targets), mean_loss() and extend(tokens, start) -> logits (V). If it has
-several phases, the phase is a further argument, which is passed on.
+A model here is anything with forward(inputs, targets), mean_loss(), losses() -> (B*T), all on the host, and
+extend(tokens, start) -> logits (V). If it has several phases, the phase is a further argument, which is passed on.
 """
 
 import math
@@ -16,9 +16,10 @@ import numpy as np
 from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
+from llmc.evalloader import EvalLoader
 from llmc.logger import Logger
 from llmc.mfu import card_name, described
-from llmc.options import command, saved_options
+from llmc.options import command, hellaswag_file, saved_options
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
@@ -29,11 +30,13 @@ from llmc.tokenizer import Tokenizer, check_marks, end_of_text, open_tokenizer
 class Run:
     """What a run does besides its model: data, text sampler, the step it starts at, steps in all, validation batches.
 
-    start_token: what starts a sampled text; tokenizer: None where no file was found, then samples are token ids.
+    start_token: what starts a sampled text; tokenizer: None where no file was found, then samples are token ids;
+    eval_loader: HellaSwag's questions, None without --hellaswag 1.
     """
 
     train_loader: DataLoader
     val_loader: DataLoader
+    eval_loader: EvalLoader | None
     tokenizer: Tokenizer | None
     start_token: int
     sampler: Sampler
@@ -57,6 +60,7 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
     train_loader = DataLoader(train_data, B, T, vocab_size=V, shuffle=shuffle, seed=args.seed or 42)
     val_loader = DataLoader(args.val_data, B, T, vocab_size=V)
     check_marks([*train_loader.paths, *val_loader.paths], tokenizer, args.model, V)
+    eval_loader = EvalLoader(hellaswag_file(), B, T, V) if args.hellaswag else None
     start = state.step if state else 0
     steps = args.steps if args.steps >= 0 else epochs * train_loader.epoch_batches // args.grad_accum
     if args.steps < 0 and steps == 0:
@@ -70,7 +74,8 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
         sampler.state = state.rng_state
     counted = min(args.val_batches, val_loader.num_batches)
     val_batches = counted if counted > 0 else val_loader.epoch_batches
-    return Run(train_loader, val_loader, tokenizer, end_of_text(tokenizer, V), sampler, start, steps, val_batches)
+    start_token = end_of_text(tokenizer, V)
+    return Run(train_loader, val_loader, eval_loader, tokenizer, start_token, sampler, start, steps, val_batches)
 
 
 def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
@@ -97,12 +102,31 @@ def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
 
 
 def validate(model, run: Run, step: int, args: Namespace, log: Logger, **phase) -> float:
-    """The validation loss at `step`, printed and logged. Raises UserError if it is not finite."""
+    """The validation loss at `step`, printed and logged. Raises UserError if it is not finite.
+
+    With --hellaswag 1 also that accuracy, though not in front of the first step.
+    """
     loss = evaluate(model, run.val_loader, run.val_batches, **phase)
     check_finite("val", loss, step, args)
     print(f"val loss {loss:f}", flush=True)
     log.val(step, loss)
+    if run.eval_loader and (step > 0 or run.steps == 0):
+        correct = hellaswag(model, run.eval_loader, **phase)
+        log.add("eval", step, correct / run.eval_loader.num_examples)
     return loss
+
+
+def hellaswag(model, loader: EvalLoader, **phase) -> int:
+    """How many questions the model answers right, printed as train_gpt2.cu does. phase: as for evaluate."""
+    loader.reset()
+    correct = 0
+    for i in range(loader.num_batches):
+        if i % 10 == 0:
+            print(f"evaluating HellaSwag: {i}/{loader.num_batches}\r", end="", flush=True)
+        model.forward(*loader.next_batch(), **phase)
+        correct += loader.count_correct(model.losses())
+    print(f"HellaSwag: {correct}/{loader.num_examples} = {correct / loader.num_examples:f}", flush=True)
+    return correct
 
 
 def check_finite(name: str, loss: float, step: int, args: Namespace) -> None:

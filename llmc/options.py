@@ -80,6 +80,7 @@ def add_options(parser: ArgumentParser) -> None:
         default=20,
         help="batches of a validation, at most llm.c's count tokens / (B*T), which may take some twice; 0: each once",
     )
+    add("--hellaswag", type=flag01, default=False, help="1: also answer HellaSwag's questions, but at step 0")
     add("-s", "--sample-every", type=natural, default=20, help="steps between samples, 0: no samples")
     add("-g", "--sample-tokens", type=natural, help="positions of a sample (default: the model's maximum, at most 64)")
 
@@ -177,6 +178,14 @@ def default_data(V: int, split: str) -> str:
     if V != BYTE_VOCAB and tinystories.exists():
         return str(tinystories)
     return str(data / "shakespeare" / f"shakespeare_{'byte_' if V == BYTE_VOCAB else ''}{split}.bin")
+
+
+def hellaswag_file() -> str:
+    """What data/hellaswag.py writes, as a path from the current folder. Raises UserError if it is not there."""
+    path = str(Path(os.path.relpath(ROOT / "data")) / "hellaswag" / "hellaswag_val.bin")
+    if not os.path.exists(path):
+        raise UserError(f"--hellaswag 1: there is no {path}", "python data/hellaswag.py fetches it")
+    return path
 
 
 def command(script: str, flag: str, path: str) -> str:

@@ -36,6 +36,7 @@ TRAINERS = ["train_banded.py", "train_sparse_attn.py", "train_toroidal.py"]
 SCRIPTS = [
     *TRAINERS,
     "generate.py",
+    "evaluate.py",
     "-m llmc.diff",
     "-m llmc.plot",
     "-m kernels.cuda.runtime.compile",
@@ -223,6 +224,11 @@ def files(script: str, words: list[str], there: dict[str, int], monkeypatch) -> 
         writes = {args.checkpoint or args.resume: V, args.log: 0}
     elif script == "generate.py":
         reads = {args.checkpoint, args.tokenizer}
+    elif script == "evaluate.py":
+        V = there.get(args.checkpoint, 0)
+        reads = {args.checkpoint, *([args.val_data] if args.val_data else DEFAULT_DATA.get(V, {f"data of {V} tokens"}))}
+    elif script == "data/hellaswag.py":
+        writes = HELLASWAG
     elif script == "-m llmc.diff":
         reads = {args.A, args.B}
     elif script == "-m llmc.plot":
@@ -248,6 +254,7 @@ def files(script: str, words: list[str], there: dict[str, int], monkeypatch) -> 
 
 
 REFUSING = {*TRAINERS, "data/create_model.py"}  # to overwrite what is there
+HELLASWAG = {"data/hellaswag/hellaswag_val.bin": 0}
 STARTER_FILES = {name: 50257 if name == "gpt2_124M.bin" else 0 for name in STARTER_PACK}
 
 
@@ -276,7 +283,7 @@ def check_files(text: str, there: dict[str, int], monkeypatch, fresh: bool = Fal
 @functools.cache
 def products() -> dict[str, int]:
     """What make targets write, the starter pack, and the models of data/create_model.py's own examples."""
-    there = STARTER_FILES | DEFAULT_DATA[50257] | DEFAULT_DATA[BYTE_VOCAB]
+    there = STARTER_FILES | HELLASWAG | DEFAULT_DATA[50257] | DEFAULT_DATA[BYTE_VOCAB]
     with pytest.MonkeyPatch.context() as patch:
         for text in (docstring("data/create_model.py"), "\n".join(f"make {target}" for target in MAKERS)):
             there = check_files(text, there, patch)

@@ -21,13 +21,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data import corpus, shakespeare, starter_pack, tinyshakespeare, tinystories
+from data import corpus, hellaswag, shakespeare, starter_pack, tinyshakespeare, tinystories
 from data import download as downloads
 from data.download import ATTEMPTS, download
 from llmc.checkpoint import GPT2Config, Model, num_parameters, write_model
 from llmc.dataloader import count_tokens
 from llmc.debug_state import DebugState, write_debug_state
 from llmc.errors import UserError
+from llmc.evalloader import read_examples
 from llmc.files import HEADER_BYTES
 from llmc.init import gpt2_init
 from llmc.tokenizer import Tokenizer, byte_tokenizer, gpt2_encoding
@@ -780,3 +781,82 @@ def test_bad_flag_exits_2():
     assert result.returncode == 2
     assert result.stderr.startswith("error: --tokenizer: ")
     assert "---> HINT: " in result.stderr
+
+
+# --- hellaswag
+
+
+QUESTIONS = [
+    {
+        "ctx": "A cat sits on a mat. It",
+        "endings": ["sleeps.", "is a dog.", "flies away.", "sings <|endoftext|>"],
+        "label": 0,
+    },
+    {"ctx": "The man", "endings": ["and 1", "two", "three", "four words are here"], "label": 3, "ind": 24},
+]
+
+
+def jsonl(*records) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+@pytest.fixture
+def hellaswag_url(server, monkeypatch):
+    """A function that makes the server have this content."""
+
+    def serve(content: bytes, sha256: str | None = None) -> None:
+        server.files["/val.jsonl"] = content
+        monkeypatch.setattr(hellaswag, "SHA256", sha256 or hashlib.sha256(content).hexdigest())
+
+    monkeypatch.setattr(hellaswag, "URL", server.url + "val.jsonl")
+    return serve
+
+
+def test_hellaswag(hellaswag_url, capsys):
+    """GPT-2's tokens by tiktoken itself: a blank before each ending, no end-of-text, which the text may spell out."""
+    hellaswag_url(jsonl(*QUESTIONS))
+    hellaswag.main(["-o", "deep/hs"])
+    encoding = gpt2_encoding()
+    examples = read_examples("deep/hs/hellaswag_val.bin", 50257)
+    for example, question in zip(examples, QUESTIONS, strict=True):
+        assert encoding.decode(example.context) == question["ctx"]
+        assert example.context.tolist() == encoding.encode_ordinary(question["ctx"])
+        for tokens, ending in zip(example.completions, question["endings"], strict=True):
+            assert tokens.tolist() == encoding.encode_ordinary(" " + ending) and EOT not in tokens
+        assert example.label == question["label"]
+    assert sorted(os.listdir("deep/hs")) == ["hellaswag_val.bin", "hellaswag_val.jsonl"]
+    longest = max(example.longest for example in examples)
+    out = capsys.readouterr().out
+    assert f"wrote deep/hs/hellaswag_val.bin: 2 questions, the longest row has {longest} tokens\n" in out
+    assert out.endswith("next: python evaluate.py -e checkpoint.bin -j deep/hs/hellaswag_val.bin\n")
+
+
+def test_hellaswag_that_is_not_the_published_one(hellaswag_url, monkeypatch):
+    hellaswag_url(jsonl(*QUESTIONS), "0" * 64)
+    with pytest.raises(UserError, match=r"sha256 is .*, expected 0000"):
+        hellaswag.main(["-o", "hs"])
+    assert os.listdir("hs") == []
+
+
+@pytest.mark.parametrize(
+    "bad, found",
+    [
+        (b"{", "JSONDecodeError"),
+        (b"\xff", "UnicodeDecodeError"),
+        (b"[" * 100_000, "RecursionError"),
+        (b"5", "TypeError"),
+        (b"", "JSONDecodeError"),
+        (jsonl({"ctx": "x", "endings": ["a", "b", "c", "d"]}), "KeyError: 'label'"),
+        (jsonl(QUESTIONS[0] | {"label": 4}), "label 4 of 4 endings"),
+        (jsonl(QUESTIONS[0] | {"label": "1"}), "label '1' of 4 endings"),
+        (jsonl(QUESTIONS[0] | {"endings": ["a", "b", "c"]}), "label 0 of 3 endings"),
+        (jsonl(QUESTIONS[0] | {"endings": ["a", "b", "c", 4]}), "a text is empty or none"),
+        (jsonl(QUESTIONS[0] | {"ctx": ""}), "a text is empty or none"),
+    ],
+)
+def test_hellaswag_with_a_bad_line(hellaswag_url, bad, found):
+    hellaswag_url(jsonl(QUESTIONS[0]) + bad.rstrip(b"\n") + b"\n" + jsonl(QUESTIONS[1]))
+    with pytest.raises(UserError, match="line 2: expected ") as refused:
+        hellaswag.main(["-o", "hs"])
+    assert found in refused.value.message and refused.value.hint == "delete hs/hellaswag_val.jsonl, run again"
+    assert os.listdir("hs") == ["hellaswag_val.jsonl"]

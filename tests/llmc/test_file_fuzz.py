@@ -16,6 +16,7 @@ from llmc.checkpoint import BFLOAT16, DeepSeekConfig, GPT2Config, Model, num_par
 from llmc.dataloader import DataLoader, ShuffleState, count_tokens, write_tokens
 from llmc.debug_state import DebugState, read_debug_state, write_debug_state
 from llmc.errors import UserError
+from llmc.evalloader import Example, read_examples, write_examples
 from llmc.state import TrainState, read_state, write_state
 from llmc.tokenizer import Tokenizer
 
@@ -34,6 +35,11 @@ def write_debug(path):
 def read_data(path):
     with DataLoader(str(path), 1, 4, vocab_size=50) as loader:
         return count_tokens(path), [part.copy() for part in loader.next_batch()]
+
+
+def write_questions(path):
+    tokens = np.arange(1, 4, dtype=np.uint16)
+    write_examples(path, [Example(tokens[:n], [tokens[:1], tokens, tokens[1:], tokens[2:]], n) for n in (1, 2, 3)])
 
 
 # kind of file: write a good one, read it, and the header ints that reading looks at
@@ -67,6 +73,7 @@ KINDS = {
         lambda path: Tokenizer.read(path),
         {*range(4)},
     ),
+    "questions": (write_questions, read_examples, {*range(4)}),
 }
 REWRITE = {
     "model": write_model,
@@ -75,6 +82,7 @@ REWRITE = {
     "state": write_state,
     "debug state": write_debug_state,
     "tokenizer": lambda path, read: read.write(path),
+    "questions": write_examples,
 }
 TELLING = [0, 1, 2, 3, 4, 5, 7, 8, -1, 255, 256, 257, 65535, 65536, 1 << 24, 1 << 30, (1 << 31) - 1, -(1 << 31)]
 ints = st.one_of(st.sampled_from(TELLING), st.integers(-(1 << 31), (1 << 31) - 1))

@@ -1,6 +1,7 @@
 """train_banded.py and generate.py on the emulated GPU: llm.c's losses, the CPU's logits, the same bits every time."""
 
 import dataclasses
+import re
 
 import golden_run
 import numpy as np
@@ -9,12 +10,14 @@ import tiny
 from cuda_emulator.runtime import EmulatedRuntime
 from test_golden import losses
 
+import evaluate
 import generate
 import kernels
 import train_banded
 from kernels import cpu, cuda
 from kernels.cuda.gpt2 import matmul_tensor
 from llmc.checkpoint import GPT2Config, read_model
+from llmc.evalloader import Example, write_examples
 from llmc.init import gpt2_init
 from systems.band import Band
 
@@ -147,3 +150,21 @@ def test_generate_runs_on_the_device(on_emulator, folder, capsys):
     on_emulator(mode="fast")
     assert generate.main(["-e", "model.bin", "-n", "4", "-s", "3"]) == 0
     assert capsys.readouterr().out
+
+
+def test_evaluate_gives_the_figures_of_the_cpu(on_emulator, folder, capsys):
+    """Perplexity over sliding windows, and the answers to four questions, of two at a time."""
+    tokens = np.random.default_rng(2).integers(0, 256, (4, 5, 4)).astype(np.uint16)
+    write_examples("eval.bin", [Example(part[0], list(part[1:]), 1) for part in tokens])
+    commands = [["-j", "val.bin", "-t", "8", "--stride", "4", "-m", "3"], ["-j", "eval.bin", "-b", "8"]]
+
+    def told(more):
+        for command in commands:
+            assert evaluate.main(["-e", "model.bin", *command, *more]) is None
+        out = capsys.readouterr().out
+        return float(re.search(r"^val loss (\S+)", out, re.M)[1]), re.search(r"HellaSwag: (\d)/4 =", out)[1]
+
+    expected_loss, right = told(["--device", "cpu"])
+    on_emulator(mode="fast")
+    loss, right_on_gpu = told([])
+    assert abs(loss - expected_loss) < 2e-6 and right == right_on_gpu

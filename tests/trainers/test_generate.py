@@ -1,10 +1,14 @@
 """generate.py: the same tokens with a cache and without, sampling, text that is always UTF-8, and bad input."""
 
+import io
+import itertools
 import os
+import pty
 import re
 import shlex
 import signal
 import subprocess
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,6 +73,12 @@ def model(folder):
 
 def text(result):
     return re.fullmatch(r".*\nGenerating:\n(.*)\n---\n", result.out, re.S)[1]
+
+
+def cut(tokens, positions):
+    """What stderr says of a prompt that is too long."""
+    counts = f"end-of-text and the prompt are {tokens} tokens, the model has positions for {positions}"
+    return f"{counts}: it sees the last of them\n"
 
 
 def chooser(seed=1, temperature=1.0, top_k=0, top_p=1.0):
@@ -142,7 +152,8 @@ def test_a_long_prompt_is_seen_from_its_end(model):
 
 def test_a_model_of_one_position(folder, write):
     tiny.make_folder(folder / "one", tiny.resized(maxT=1))
-    assert len(text(done(write("-n 9 -s 1 -p ab --temperature 0", model="one/model.bin"))).encode()) >= 11
+    result = write("-n 9 -s 1 -p ab --temperature 0 --ignore-eot 1", model="one/model.bin")
+    assert (result.code, result.err) == (0, cut(3, 1)) and len(text(result).encode()) >= 11
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,10 +229,51 @@ def test_the_prompt_counts(write, model):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["-", "-n", "--seed", "a=b", "--prompt=x", " ", "100%", "\\n", "naïve €😀", "x" * 500]
+    "prompt", ["-x", "-n", "--seed", "a=b", "--prompt=x", " ", "100%", "\\n", "naïve €😀", "a@b", "x" * 31]
 )
 def test_any_prompt_is_printed_as_it_is(write, prompt):
     assert text(done(write(f"-n 2 -s 1 -p {shlex.quote(prompt)}"))).startswith(prompt)
+
+
+def test_a_prompt_that_is_cut_is_told(write, model):
+    """The prompt is printed whole, and its end is what text goes on from."""
+    result = write(f"-n 8 -p '{'x' * 500}{PROMPT}' --temperature 0")
+    assert (result.code, result.err) == (0, cut(501 + len(PROMPT), MAXT))
+    seen = [*b"x" * 500, *PROMPT.encode()][-MAXT:]
+    continuation = bytes(tokens_of(model, seen, 8, temperature=0))
+    assert text(result) == "x" * 500 + PROMPT + continuation.decode(errors="replace")
+    assert write(f"-n 1 -p '{'x' * MAXT}'").err == cut(MAXT + 1, MAXT)
+    done(write(f"-n 1 -p '{'x' * (MAXT - 1)}'"))
+
+
+@pytest.mark.parametrize(
+    "data, prompt",
+    [(b"", ""), (b"one\n", "one"), (b"one\n\n", "one\n"), (b"two\r\nlines", "two\r\nlines"), ("€😀".encode(), "€😀")],
+)
+def test_a_prompt_from_a_file_or_standard_input(folder, write, monkeypatch, data, prompt):
+    (folder / "my prompt.txt").write_bytes(data)
+    expected = text(done(write(f"-n 9 -s 2 -p {shlex.quote(prompt)}")))
+    assert expected.startswith(prompt)
+    assert text(done(write("-n 9 -s 2 -p '@my prompt.txt'"))) == expected
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert text(done(write("-n 9 -s 2 -p -"))) == expected
+
+
+def test_standard_input_that_was_closed_is_empty(write, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert text(done(write("-n 9 -s 2 -p -"))) == text(done(write("-n 9 -s 2")))
+    monkeypatch.setattr("sys.stdin", None)
+    assert all_texts(write("-n 9 -i 1")) == {}
+
+
+def test_prompts_that_are_no_text(folder, write, monkeypatch):
+    (folder / "latin1.txt").write_bytes("naïve".encode("latin1"))
+    check_refused(write("-p @latin1.txt"), "-p @latin1.txt: byte 2 is 0xef, which is not UTF-8")
+    check_refused(write("-p @none.txt"), "reading none.txt: No such file")
+    check_refused(write("-p @"), "reading : No such file")
+    check_refused(write("-p @."), "reading .: Is a directory")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    check_refused(write("-p -"), "-p -: byte 2 is 0xff")
 
 
 def test_a_prompt_is_encoded_by_byte_pairs(folder, write, monkeypatch):
@@ -264,6 +316,40 @@ def test_characters_are_printed_whole(monkeypatch):
     assert [piece.decode() for piece in out.pieces if piece][:4] == list(wanted)
 
 
+def printed(monkeypatch, text, stop):
+    """What print_text prints of a text that comes byte by byte, and the same after each of them."""
+    monkeypatch.setattr("sys.stdout", out := Stdout())
+    generate.print_text(iter(text.encode()), byte_tokenizer(), stop)
+    return b"".join(out.pieces).decode(), list(itertools.accumulate(piece.decode() for piece in out.pieces))
+
+
+def test_a_text_ends_before_the_stop_word(monkeypatch):
+    """What begins like the word waits until it is clear that it is not the word; a text that ends there has it."""
+    assert printed(monkeypatch, "one. two", ". ")[0] == "one"
+    assert printed(monkeypatch, "aaab", "aab")[0] == "a"
+    assert printed(monkeypatch, "n€w €", "€")[0] == "n"
+    assert printed(monkeypatch, "one two", "three")[0] == printed(monkeypatch, "one two", "")[0] == "one two"
+    assert printed(monkeypatch, "one two thr", "three")[0] == "one two thr"
+    whole, growing = printed(monkeypatch, "the th thrown", "three")
+    assert whole == "the th thrown"
+    assert growing[:7] == ["", "", "the", "the ", "the ", "the ", "the th "]
+
+
+def test_a_text_ends_at_end_of_text(write):
+    """NUL with bytes; before, it was printed, and the text went on."""
+    flags = "-n 400 -s 4 --temperature 3 -p mercy"
+    on = text(done(write(f"{flags} --ignore-eot 1")))
+    assert len(on.encode()) > 405 and 20 < on.index("\0") < 400
+    assert text(done(write(flags))) == on.partition("\0")[0]
+    word = on[30:33]
+    assert on.index(word) < on.index("\0") and text(done(write(f"{flags} --stop '{word}'"))) == on.partition(word)[0]
+
+
+def test_the_prompt_may_have_the_stop_word(write):
+    on = text(done(write("-n 20 -s 1 -p mercy --stop mercy")))
+    assert on == text(done(write("-n 20 -s 1 -p mercy"))) and len(on) > 6
+
+
 def test_random_bytes_become_valid_utf_8(write):
     shown = text(done(write("-n 200 -s 5 --temperature 3")))  # decoded strictly
     assert "\ufffd" in shown and len(shown) > 100
@@ -271,7 +357,7 @@ def test_random_bytes_become_valid_utf_8(write):
 
 def test_text_comes_token_by_token(folder):
     os.rename("model.bin", "checkpoint.bin")  # the default name
-    process = tiny.start(SCRIPT, ["-n", 10**7, "-s", 1], folder)
+    process = tiny.start(SCRIPT, ["-n", 10**7, "-s", 1, "--ignore-eot", 1], folder)
     out = b""
     while len(out) < 2000:  # of ten million tokens
         piece = os.read(process.stdout.fileno(), 1000)
@@ -288,7 +374,8 @@ def test_without_a_tokenizer_token_ids_are_printed(write, model):
     result = done(write("-n 6 -s 1"))
     assert "WARNING: no tokenizer file for a vocabulary of 256 beside model.bin" in result.out
     assert list(map(int, text(result).split())) == tokens_of(model, [V - 1], 6)
-    check_refused(write("-n 6 -p hello"), "-p", "model.bin", "--tokenizer")
+    for flags in ("-p hello", "-i 1", "--stop x"):
+        check_refused(write(f"-n 6 {flags}"), f"{flags[: flags.index(' ')]}: no tokenizer", "model.bin", "--tokenizer")
 
 
 def test_a_tokenizer_beside_the_model_or_by_name(folder, write):
@@ -299,6 +386,136 @@ def test_a_tokenizer_beside_the_model_or_by_name(folder, write):
     assert text(done(write("-n 30 -s 1", model="elsewhere/model.bin"))) == one
     os.rename("elsewhere/byte_tokenizer.bin", "any name.bin")
     assert text(done(write("-n 30 -s 1 --tokenizer 'any name.bin'", model="elsewhere/model.bin"))) == one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several texts
+
+
+def all_texts(result):
+    """{seed, None for the first: text} as printed."""
+    found = re.findall(r"^Generating(?:, seed (\d+))?:\n(.*?)\n---\n", done(result).out, re.M | re.S)
+    return {int(seed) if seed else None: shown for seed, shown in found}
+
+
+def test_each_sample_has_a_seed_of_its_own(write):
+    three = all_texts(write("-n 40 -s 7 -p 'The ' --samples 3"))
+    assert len(three) == len(set(three.values())) == 3
+    assert [*all_texts(write("-n 40 -s 7 -p 'The ' --samples 2")).items()] == [*three.items()][:2]
+    assert text(done(write("-n 40 -s 7 -p 'The '"))) == three.pop(None)
+    for seed, shown in three.items():
+        assert text(done(write(f"-n 40 -s {seed} -p 'The '"))) == shown
+    assert not three.keys() & all_texts(write("-n 40 -s 8 -p 'The ' --samples 3")).keys()
+
+
+def test_prompts_of_a_loop(write, monkeypatch):
+    """A line each, and of each as many texts as asked for; the first is that of -p."""
+
+    def loop(lines, flags=""):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        return all_texts(write(f"-n 30 -s 1 -i 1 {flags}"))
+
+    assert loop(b"") == {}
+    two = loop("The quality\n€ of".encode())  # the last line may lack its end
+    assert next(iter(two.values())) == text(done(write("-n 30 -s 1 -p 'The quality'")))
+    (_, seed), other = [*two.keys()], [*two.values()][1]
+    assert other.startswith("€ of") and other == text(done(write(f"-n 30 -s {seed} -p '€ of'")))
+    four = loop(b"The quality\n\n", "--samples 2")
+    assert next(iter(four.values())) == next(iter(two.values())) and [*four.keys()][1] == seed
+    assert [shown.startswith("The quality") for shown in four.values()] == [True, True, False, False]
+
+
+def test_a_bad_prompt_does_not_end_the_loop(folder, write, monkeypatch):
+    """A tokenizer of letters lacks other characters."""
+    Tokenizer([bytes([byte]) for byte in b"\nabcdefghijklmnopqrstuvwxyz "], 0).write("tokenizer.bin")
+    tiny.make_folder(folder / "letters", tiny.resized(V=28))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\nTWO\nthree\n")))
+    result = write("-n 5 -s 1 -i 1", model="letters/model.bin")
+    assert result.code == 0 and result.err.count("error: ") == result.err.count("---> HINT: ") == 1
+    assert "tokenizer.bin: the text has the byte 0x4f" in result.err
+    assert re.findall(r"^Generating.*\n(one|three)", result.out, re.M) == ["one", "three"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\n\xff\n"), encoding="utf-8"))
+    check_refused(write("-n 5 -i 1", model="letters/model.bin"), "-i: a prompt is no text")
+    check_refused(write("-i 1 -p one"), "-i 1 with -p one", code=2)
+
+
+def read_until(stream: int, ending: bytes) -> bytes:
+    out = b""
+    while not out.endswith(ending):
+        piece = os.read(stream, 1)
+        assert piece, out
+        out += piece
+    return out
+
+
+LONG = ["-e", "model.bin", "-n", 10**7, "-s", 1, "-i", 1, "--ignore-eot", 1, "--device", "cpu"]
+ENDING = b"ending this text; press Ctrl-C again to stop at once\n"
+
+
+def test_ctrl_c_ends_a_text_and_the_loop_goes_on(folder):
+    process = tiny.start(SCRIPT, LONG, folder, stdin=subprocess.PIPE)
+    for prompt, heading in ((b"one", b"Generating:\none"), (b"two", b":\ntwo")):
+        process.stdin.write(prompt + b"\n")
+        process.stdin.flush()
+        read_until(process.stdout.fileno(), heading)
+        process.send_signal(signal.SIGINT)
+        read_until(process.stdout.fileno(), b"\n---\n")
+    out, err = process.communicate(timeout=tiny.TIMEOUT)  # the end of its input
+    assert (process.returncode, out, err) == (0, b"", 2 * ENDING)
+
+
+@pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 143, b"stop at once\n"), (signal.SIGINT, 130, b"")])
+def test_what_ends_the_loop(folder, number, code, said):
+    """SIGTERM in a text, Ctrl-C between two."""
+    process = tiny.start(SCRIPT, LONG, folder, stdin=subprocess.PIPE)
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    read_until(process.stdout.fileno(), b"Generating:\none")
+    if number == signal.SIGINT:
+        process.send_signal(signal.SIGINT)
+        read_until(process.stdout.fileno(), b"\n---\n")
+        time.sleep(0.2)  # it waits for a prompt by now
+    process.send_signal(number)
+    err = process.communicate(timeout=tiny.TIMEOUT)[1]
+    assert process.returncode == code
+    assert err.endswith(said or b"\ninterrupted\n")
+
+
+def test_the_loop_on_a_terminal(folder):
+    """It shows a mark where it waits for a prompt, and Ctrl-D ends it."""
+    ours, theirs = pty.openpty()
+    process = tiny.start(SCRIPT, ["-e", "model.bin", "-n", 3, "-s", 1, "-i", 1], folder, stdin=theirs, stdout=theirs)
+    os.close(theirs)
+    read_until(ours, b"---\r\n> ")
+    os.write(ours, b"mercy\n")
+    assert b"Generating:\r\nmercy" in read_until(ours, b"---\r\n> ")
+    os.write(ours, b"\4")
+    assert process.wait(tiny.TIMEOUT) == 0
+    os.close(ours)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# how long it took
+
+
+def test_stats_count_the_tokens_that_were_run(write):
+    line = r"prefill: (\d+) tokens in (\d+\.\d{3}) ms, (\d+\.\d) tok/s; decode: (\d+) tokens, (\d+\.\d) tok/s\n"
+    plain, timed = (done(write(f"-n 9 -s 3 -p mercy --stats {on}")).out for on in (0, 1))
+    assert "tok/s" not in plain and timed.startswith(plain)
+    prompt, ms, rate, after, decode = re.fullmatch(line, timed.removeprefix(plain)).groups()
+    assert (prompt, after) == ("6", "8") and float(decode) > 0
+    assert float(rate) == pytest.approx(6000 / float(ms), rel=0.01)
+    assert re.search(line, write(f"-n 1 -p '{'x' * 99}' --stats 1").out)[1] == str(MAXT)
+    assert len(re.findall(line, write("-n 4 --stats 1 --samples 3").out)) == 3
+
+
+def test_times_apart(monkeypatch):
+    clock = iter([10.0, 12.0, 13.0, 15.5])  # the beginning, then each token
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    timed = generate.Timed([7, 8, 9])
+    assert [*timed] == [7, 8, 9]
+    assert (timed.count, timed.prefill, timed.decode) == (3, 2.0, 3.5)
+    assert timed.described(4) == "prefill: 4 tokens in 2000.000 ms, 2.0 tok/s; decode: 2 tokens, 0.6 tok/s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -332,6 +549,10 @@ def test_banded_and_bfloat16_files(write):
         ("--top-k -1", ["--top-k", "'-1'"]),
         ("--temperature nan", ["--temperature", "'nan'"]),
         ("--cache 2", ["--cache", "'2'"]),
+        ("--samples 0", ["--samples", "'0'"]),
+        ("--ignore-eot yes", ["--ignore-eot", "'yes'"]),
+        ("--stats 2", ["--stats", "'2'"]),
+        ("-i 2", ["-i/--interactive", "'2'"]),
         ("-p --", ["-p: -- is no value"]),
         ("--prompt=--", ["--prompt: -- is no value"]),
         ("-t 1", ["-t: unknown flag"]),
@@ -373,7 +594,7 @@ def test_cuda_on_a_machine_without(write, monkeypatch):
 
 
 def test_a_reader_that_stops_reading(folder):
-    words = shlex.join(tiny.command(SCRIPT, "-e", "model.bin", "-n", 10**7))
+    words = shlex.join(tiny.command(SCRIPT, "-e", "model.bin", "-n", 10**7, "--ignore-eot", 1))
     result = subprocess.run(
         ["bash", "-c", words + " | head -c 600; exit ${PIPESTATUS[0]}"],
         cwd=folder,

@@ -81,6 +81,16 @@ def test_shares_give_what_the_whole_batch_gives(kind, dense):
 
 
 @pytest.mark.parametrize("kind", MODELS)
+def test_losses_of_all_rows_are_in_their_order(kind):
+    whole, parts = shares(kind, [5]), shares(kind, [1, 2, 2])
+    for each in (whole, parts):
+        each.forward(*test_model.batch(5, 5))
+    assert whole.losses().shape == (25,) and np.ptp(whole.losses()) > 0.01
+    assert relative(parts.losses(), whole.losses()) < 1e-13
+    assert whole.losses().mean() == pytest.approx(parts.mean_loss(), rel=1e-13)
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_shares_give_the_same_bits_every_time(kind):
     found = {step(shares(kind, [2, 1, 2], np.float32), kind)[1].tobytes() for _ in range(5)}
     assert len(found) == 1

@@ -65,7 +65,19 @@ def write(folder, capfdbinary):
     """write("-n 5", "c.bin") -> Result: generate.py, greedy, in this process."""
 
     def run(flags, model="c.bin"):
-        argv = ["-e", model, "--device", "cpu", "--temperature", "0", "-s", "1", *shlex.split(flags)]
+        argv = [
+            "-e",
+            model,
+            "--device",
+            "cpu",
+            "--temperature",
+            "0",
+            "-s",
+            "1",
+            "--ignore-eot",
+            "1",
+            *shlex.split(flags),
+        ]
         return tiny.call(capfdbinary, generate.main, *argv)
 
     return run

@@ -66,7 +66,7 @@ def train(call):
 @pytest.fixture
 def write(call):
     """write("-n 5", "c.bin") -> Result: generate.py, greedy."""
-    flags = "--device cpu --temperature 0 -s 1"
+    flags = "--device cpu --temperature 0 -s 1 --ignore-eot 1"
     return lambda more, model="c.bin": call(generate.main, f"{flags} {more}", "-e", model)
 
 
