@@ -1,5 +1,5 @@
 // attention_mma.cuh: tiles of attention on tensor cores, in front of the files that name it (attention_tensor.cu,
-// union_attention.cu)
+// union_attention.cu, union_mean.cu)
 //
 // What passes a warp's rows: tiles in shared memory on their way from the rows of heads, products of a tile with rows
 // and of weights with a tile, the softmax, and what is not finite in it. Layouts are told in attention_tensor.cu.
@@ -273,8 +273,8 @@ __device__ __forceinline__ void hide_future(float (&x)[M][N][4], int first_row, 
     }
 }
 
-// scores p of 16 queries -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed under
-// an earlier top shrinks. total is of this lane's keys. A row whose scores are all -inf has weights 0
+// scores p of 16 queries -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed
+// under an earlier top shrinks. total is of this lane's keys. A row whose scores are all -inf has weights 0
 template <int KEYS, int HS>
 __device__ __forceinline__ void online_softmax(float (&p)[KEYS / 8][4], float (&top)[2], float (&total)[2],
                                                float (&sums)[HS / 8][4], float scale) {

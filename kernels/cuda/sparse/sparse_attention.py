@@ -1,5 +1,5 @@
 """Launchers of sparse_attention.cu, with attention_delta_kernel of attention.cu and inverse_lists.cu; on GPUs with
-tensor cores, where there is enough to do, those of union_attention.cu instead."""
+tensor cores, where there is enough to do, those of union_attention.cu and union_mean.cu instead."""
 
 import numpy as np
 
@@ -7,7 +7,8 @@ from kernels.cpu.sparse import sparse_attention as numpy_sparse_attention
 from kernels.cuda.runtime.grid import THREADS, TILE_THREADS, padded_head, warp_a_row
 from kernels.cuda.runtime.tensor_cores import Results, takes_tensor_cores
 from kernels.cuda.sparse.inverse_lists import inverse_lists
-from kernels.cuda.sparse.union_attention import union_backward, union_forward, union_mean
+from kernels.cuda.sparse.union_attention import union_backward, union_forward
+from kernels.cuda.sparse.union_mean import union_mean
 
 SIZES = (64, 128)  # padded head sizes
 # places in lists times channels from which on 64 queries share their keys on tensor cores: kernels for single queries
