@@ -5,7 +5,7 @@ import pytest
 from availability import open_gpu, skip_off_linux
 from check_op import TOL_TENSOR, check_twin, nan, place, relative, rounded
 from cuda_emulator.runtime import SCHEDULES, EmulatedRuntime
-from selected_keys import lists
+from selected_keys import lists, selection
 
 from kernels import cpu, cuda
 from kernels.cuda.runtime.tensor_cores import worth_it
@@ -55,11 +55,20 @@ def none_shared(B, T, K):
     return index, count
 
 
+def the_latest(B, T, K):
+    """The K keys up to a query's own."""
+    index = np.arange(T)[:, None] + np.arange(1 - K, 1)  # (T,K)
+    index = np.where(index >= 0, index, T)
+    index.sort(axis=1)
+    index = np.where(index < T, index, -1).astype(np.int32)
+    return np.repeat(index[None], B, axis=0), np.repeat((index >= 0).sum(axis=1, dtype=np.int32)[None], B, axis=0)
+
+
 # B, T, NH, hs, and the lists' K and kind
 CASES = [
     (1, 1, 1, 4, 1, lists), (2, 70, 2, 16, 9, lists), (1, 150, 1, 64, 40, lists), (1, 67, 2, 80, 30, lists),
     (1, 65, 1, 128, 65, lists), (1, 40, 2, 5, 7, lists), (1, 66, 1, 127, 1, lists), (2, 66, 1, 40, 20, all_the_same),
-    (1, 90, 1, 32, 9, none_shared),
+    (1, 90, 1, 32, 9, none_shared), (1, 130, 1, 16, 20, selection), (2, 70, 1, 16, 10, the_latest),
 ]  # fmt: skip
 
 
