@@ -46,6 +46,7 @@ CASES = {
     "of the future": lambda: (70, lists(3, 70, 5, future=True)),
     "all the same": lambda: (130, same_for_all(1, 130, 3)),
     "itself alone": lambda: (65, (np.arange(65, dtype=np.int32).reshape(1, 65, 1), np.ones((1, 65), np.int32))),
+    "more queries than a round's": lambda: (2200, lists(1, 2200, 2)),
     "more keys than a chunk": lambda: (4200, lists(1, 4200, 70, start=4190)),
 }
 
