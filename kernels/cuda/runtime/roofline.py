@@ -194,7 +194,6 @@ ROWS_OF_TABLE = [
     ),
     Row("random_scores_kernel", "0", "N*T", "", "0"),
     Row("select_topk_kernel", "0", "N*T/2 + N*k + 2*N", "", "0"),
-    Row("select_topk_long_kernel", "0", "N*T/2 + N*k + 2*N", "5*N*T/2 + N*k + 2*N", "0"),
     Row("mass_count_kernel", "0", "N*T/2 + N", "", "48*N*T"),
     Row("row_entropy_kernel", "0", "N*T/2 + N", "", "3*N*T"),
     Row("fused_kl_kernel", "0", "3*N*T + N", "", "14*N*T"),
