@@ -1,16 +1,22 @@
-"""Launchers of indexer.cu."""
+"""Launchers of indexer.cu, and on GPUs with tensor cores those of indexer_tensor.cu instead."""
 
+from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
+from kernels.cuda.sparse.indexer_tensor import indexer_trial, tensor_scores_forward
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
 RANGE = 256  # keys of a block of indexer_scores_dq
+FEW = 8  # the most queries that stay on CUDA cores, as in decoding: a tile costs as much as 128
 GATHERED_THREADS = 128  # the most threads of a block that has one query
 
 
 def indexer_scores_forward(cuda, scores, q, k, w, scale, first, start=0):
     """As kernels.cpu.sparse.indexer.indexer_scores_forward."""
     B, R, S = scores.shape
+    if R > FEW and (products := tensor_products(cuda, indexer_trial)):
+        tensor_scores_forward(cuda, products, scores, q, k, w, scale, first, start)
+        return
     Tq, HI = w.shape[1:]
     args = (scores, q, k, w, scale, R, S, Tq, k.shape[1], HI, q.shape[2] // HI, _own_keys(q, k), first, start)
     cuda.launch("indexer_scores_forward_kernel", (ceil_div(S, TILE), ceil_div(R, TILE), B), THREADS, args)
