@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from check_op import TOL_TENSOR, nan, rounded, run
+from check_op import ROUNDED, TOL_TENSOR, check_twin, nan, place, relative, rounded, run
 from selected_keys import INF, finite
 
-from kernels import cpu
+from kernels import cpu, cuda
+from kernels.cuda.sparse import indexer_tensor
 
-SCALE = 0.7
+SCALE, SCHEDULES = 0.7, ("ascending", "descending", "random")
 SIZES = [  # B, T, HI, dI, own, offset; tiles are 128 queries by 64 keys, pieces 16 columns
     (2, 20, 3, 5, 0, 0), (1, 150, 2, 20, 0, 0), (2, 70, 4, 8, 0, 1), (1, 135, 2, 4, 1, 0), (2, 66, 1, 70, 0, 0),
     (1, 12, 2, 130, 1, 0), (1, 200, 5, 3, 1, 0),
@@ -16,6 +17,12 @@ SIZES = [  # B, T, HI, dI, own, offset; tiles are 128 queries by 64 keys, pieces
 
 def inputs(B, T, HI, dI, own):
     return rounded(B, T, HI * dI), rounded(B, T, HI * dI if own else dI, seed=1), rounded(B, T, HI, seed=2)
+
+
+def gated_inputs(runtime, *sizes):
+    """For gradients, which jump where a product changes its sign: in TF32 whole numbers, whose products are exact."""
+    q, k, w = inputs(*sizes)
+    return (np.rint(2 * q), np.rint(2 * k), w) if runtime.tf32 else (q, k, w)
 
 
 def check_scores(runtime, scores, *args, offset=0):
@@ -37,3 +44,83 @@ def test_scores(tensor_cores, B, T, HI, dI, own, offset):
     check_scores(tensor_cores, nan(B, T - first - 1, T), q, k, w, SCALE, first, offset=offset)
     new = np.ascontiguousarray(q[:, first:]), k, np.ascontiguousarray(w[:, first:])
     check_scores(tensor_cores, nan(B, T - first, T), *new, SCALE, first, first, offset=offset)
+
+
+@pytest.mark.parametrize("B, T, HI, dI, own, offset", SIZES)
+def test_gradients_of_scores(tensor_cores, B, T, HI, dI, own, offset):
+    """All queries, those of a block behind others, and what has more keys than the last query."""
+    q, k, w = gated_inputs(tensor_cores, B, T, HI, dI, own)
+    for first, R, S in ((0, T, T), (T // 4, T - T // 4 - 1, T), (T // 2, T - T // 2, T)):
+        dscores = rounded(B, R, S, seed=3)
+        dscores[:, np.tri(R, S, first) == 0] = np.nan  # counts as 0
+        # what the block does not write stays: 0, as check_twin sees inputs
+        args = np.zeros_like(q), rounded(*k.shape, seed=4), np.zeros_like(w), dscores
+        options = dict(offset=offset, tol=TOL_TENSOR[tensor_cores.tf32])
+        check_twin(tensor_cores, "indexer_scores_backward", *args, q, k, w, SCALE, first, **options)
+
+
+@pytest.mark.parametrize("B, T, HI, dI, own, first", [(1, 330, 2, 8, 0, 195), (2, 200, 2, 4, 1, 0)])
+def test_gradients_in_several_ranges(tensor_cores, B, T, HI, dI, own, first, monkeypatch):
+    """Ranges of 64 keys and of 32 queries, some of which have nothing to do; rows before and after that stay."""
+    monkeypatch.setattr(indexer_tensor, "RANGE_KEYS", 64)
+    monkeypatch.setattr(indexer_tensor, "RANGE_QUERIES", 32)
+    q, k, w = gated_inputs(tensor_cores, B, T, HI, dI, own)
+    R = min(70, T - first)
+    args = rounded(*q.shape, seed=5), rounded(*k.shape, seed=4), rounded(*w.shape, seed=6), rounded(B, R, T, seed=3)
+    args = *args, q, k, w, SCALE, first
+    check_twin(tensor_cores, "indexer_scores_backward", *args, tol=TOL_TENSOR[tensor_cores.tf32])
+
+
+def results(runtime, q, k, w, dscores) -> list[np.ndarray]:
+    """scores (T,T), dq, dk, dw"""
+    q, k, w, dscores = (place(runtime, x, 0) for x in (q, k, w, dscores))
+    scores, dq, dk, dw = (place(runtime, np.zeros(x.shape), 0) for x in (dscores, q, k, w))
+    device = cuda.device(runtime)
+    device.indexer_scores_forward(scores, q, k, w, SCALE, 0)
+    device.indexer_scores_backward(dq, dk, dw, dscores, q, k, w, SCALE, 0)
+    return [runtime.to_host(x) for x in (scores, dq, dk, dw)]
+
+
+def test_tf32_rounds_and_3xtf32_does_not(open_tensor_cores):
+    """Errors of many values; three schedules of threads and blocks give the same bits."""
+    B, T, HI, dI = 1, 140, 2, 20
+    q, k, w = inputs(B, T, HI, dI, 0)
+    dscores, expected = rounded(B, T, T, seed=3), np.empty((B, T, T))
+    cpu.indexer_scores_forward(expected, q, k, w, SCALE, 0)
+    for tf32 in (False, True):
+        found = [results(open_tensor_cores(tf32, schedule), q, k, w, dscores) for schedule in SCHEDULES]
+        assert len({tuple(x.tobytes() for x in each) for each in found}) == 1
+        error = relative(finite(found[0][0]), finite(expected))
+        print(f"{'TF32' if tf32 else '3xTF32'}: {error:.1e}")
+        assert error <= TOL_TENSOR[tf32] and (error >= ROUNDED) == tf32
+
+
+@pytest.mark.parametrize("cut", [61, 64, 70])
+def test_causal_bit_for_bit(tensor_cores, cut):
+    """What comes at position `cut` and after changes no bit of the scores of queries before it."""
+    found = []
+    for garbage in (None, 1e3, INF, np.nan):
+        q, k, w = inputs(1, 75, 2, 8, 0)
+        if garbage is not None:
+            q[:, cut:], k[:, cut:], w[:, cut:] = garbage, -garbage, garbage
+        scores = run(tensor_cores, "indexer_scores_forward", nan(1, 75, 75), q, k, w, SCALE, 0)[0]
+        found.append(scores[:, :cut].tobytes())
+    assert len(set(found)) == 1
+
+
+def test_few_queries_stay_on_cuda_cores(tensor_cores, monkeypatch):
+    """As those of decoding; and gradients of heads that are wider than tiles."""
+    launched, launch = [], type(tensor_cores).launch
+    monkeypatch.setattr(
+        tensor_cores, "launch", lambda kernel, *a: launched.append(kernel) or launch(tensor_cores, kernel, *a)
+    )
+    for R, dI in ((8, 4), (9, 4), (9, 132)):
+        q, k, w = inputs(1, 9, 1, dI, 0)
+        run(tensor_cores, "indexer_scores_forward", nan(1, R, 9), q, k, w, SCALE, 9 - R)
+        outs = np.zeros_like(q), np.zeros_like(k), np.zeros_like(w)
+        run(tensor_cores, "indexer_scores_backward", *outs, rounded(1, R, 9), q, k, w, SCALE, 9 - R)
+    kind = "tf32" if tensor_cores.tf32 else "3xtf32"
+    plain = [f"indexer_{name}_kernel" for name in ("scores_forward", "scores_dq", "finish", "scores_dk")]
+    ours = ["scores_forward_{}", "scores_dq_{}_64", "finish", "scores_dk_{}_64", "join"]
+    ours = [f"indexer_{name.format(kind)}_kernel" for name in ours]
+    assert launched == plain + ours + ours[:1] + plain[1:]

@@ -2,7 +2,7 @@
 
 from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
-from kernels.cuda.sparse.indexer_tensor import indexer_trial, tensor_scores_forward
+from kernels.cuda.sparse.indexer_tensor import WIDEST, indexer_trial, tensor_scores_backward, tensor_scores_forward
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
@@ -27,12 +27,15 @@ def indexer_scores_backward(cuda, dq, dk, dw, dscores, q, k, w, scale, first):
     B, R, S = dscores.shape
     T, HI = w.shape[1:]
     dI, own_keys = q.shape[2] // HI, _own_keys(q, k)
+    if dI <= WIDEST and R > FEW and (products := tensor_products(cuda, indexer_trial)):
+        tensor_scores_backward(cuda, products, dq, dk, dw, dscores, q, k, w, scale, first)
+        return
     end = min(S, first + R)
     tiles, ranges = ceil_div(dI, TILE), ceil_div(end, RANGE)
     parts = cuda.scratch("indexer_parts", (ranges, B, R, HI * dI))
     args = (parts, dscores, q, k, scale, B, R, S, T, HI, dI, own_keys, first)
     cuda.launch("indexer_scores_dq_kernel", (ceil_div(R, TILE), HI * tiles, B * ranges), THREADS, args)
-    args = (dq, dw, parts, q, w, B, R, T, HI, dI, first, 1)
+    args = (dq, dw, parts, q, w, B, R, T, HI, dI, first, TILE, RANGE)
     cuda.launch("indexer_finish_kernel", *warp_a_row(B * R * HI), args)
     args = (dk, dscores, q, k, w, scale, R, S, T, HI, dI, own_keys, first)
     cuda.launch("indexer_scores_dk_kernel", (ceil_div(end, TILE), tiles * (HI if own_keys else 1), B), THREADS, args)
@@ -60,7 +63,7 @@ def indexer_gathered_backward(cuda, dq, dk, dw, dscores, q, k, w, index, count, 
     threads = min(THREADS, ceil_div(HI * packs, WARP) * WARP)
     grid = B * T, ceil_div(HI * packs, threads)
     cuda.launch("indexer_gathered_u_kernel", grid, threads, (u, m, k, index, count, *sizes))
-    cuda.launch("indexer_finish_kernel", *warp_a_row(B * T * HI), (dq, dw, u, q, w, B, T, T, HI, dI, 0, 0))
+    cuda.launch("indexer_finish_kernel", *warp_a_row(B * T * HI), (dq, dw, u, q, w, B, T, T, HI, dI, 0, TILE, 0))
     offsets, pairs = inverse_lists(cuda, index, count)
     columns = packs * (HI if own_keys else 1)
     lanes = min(THREADS, 1 << (columns - 1).bit_length())  # a power of 2: groups of them fill a block
