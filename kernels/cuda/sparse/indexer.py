@@ -1,8 +1,12 @@
 """Launchers of indexer.cu, and on GPUs with tensor cores those of indexer_tensor.cu instead."""
 
+import numpy as np
+
+from kernels.cpu.sparse import indexer as numpy_indexer
 from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
-from kernels.cuda.sparse.indexer_tensor import WIDEST, indexer_trial, tensor_scores_backward, tensor_scores_forward
+from kernels.cuda.runtime.tensor_cores import Results
+from kernels.cuda.sparse.indexer_tensor import WIDEST, tensor_scores_backward, tensor_scores_forward
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
@@ -79,3 +83,26 @@ def _own_keys(q, k):
 def _threads(K):
     """Whole warps, a thread for each of K keys, or several."""
     return min(GATHERED_THREADS, ceil_div(K, WARP) * WARP)
+
+
+def indexer_trial(cuda) -> Results:
+    """Scores of two heads and their gradients: several tiles, on the diagonal and below it, and stages in turn.
+
+    Gradients jump where a product changes its sign, so there queries and keys are whole numbers, whose products are
+    exact.
+    """
+    T, HI, dI, rng = 150, 2, 40, np.random.default_rng(0)
+    shapes = dict(scores=(1, T, T), dq=(1, T, HI * dI), dk=(1, T, dI), dw=(1, T, HI))
+    dscores, q, k, w = (rng.standard_normal(shape).astype(np.float32) for shape in shapes.values())
+    past, products = np.tri(T, dtype=bool), "tf32" if cuda.tf32 else "3xtf32"
+    scores, expected = cuda.zeros((1, T, T)), np.empty((1, T, T))
+    tensor_scores_forward(cuda, products, scores, *map(cuda.to_device, (q, k, w)), 1.0, 0)
+    numpy_indexer.indexer_scores_forward(expected, *(x.astype(np.float64) for x in (q, k, w)), 1.0, 0)
+    yield "the indexer's scores", cuda.to_host(scores)[:, past], expected[:, past]
+    given = dscores, np.rint(2 * q), np.rint(2 * k), w
+    names = "dq", "dk", "dw"
+    found, expected = [cuda.zeros(shapes[name]) for name in names], [np.zeros(shapes[name]) for name in names]
+    tensor_scores_backward(cuda, products, *found, *map(cuda.to_device, given), 1.0, 0)
+    numpy_indexer.indexer_scores_backward(*expected, *(x.astype(np.float64) for x in given), 1.0, 0)
+    for name, ours, theirs in zip(names, found, expected):
+        yield f"the indexer's {name}", cuda.to_host(ours), theirs
