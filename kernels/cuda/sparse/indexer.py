@@ -1,4 +1,4 @@
-"""Launchers of indexer.cu, and on GPUs with tensor cores those of indexer_tensor.cu instead."""
+"""Launchers of indexer.cu, and on GPUs with tensor cores those of indexer_tensor.cu and indexer_union.cu instead."""
 
 import numpy as np
 
@@ -7,6 +7,7 @@ from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
 from kernels.cuda.runtime.tensor_cores import Results
 from kernels.cuda.sparse.indexer_tensor import WIDEST, tensor_scores_backward, tensor_scores_forward
+from kernels.cuda.sparse.indexer_union import union_backward, union_forward
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
@@ -18,11 +19,11 @@ GATHERED_THREADS = 128  # the most threads of a block that has one query
 def indexer_scores_forward(cuda, scores, q, k, w, scale, first, start=0):
     """As kernels.cpu.sparse.indexer.indexer_scores_forward."""
     B, R, S = scores.shape
-    if R > FEW and (products := tensor_products(cuda, indexer_trial)):
+    if products := _products(cuda, R):
         tensor_scores_forward(cuda, products, scores, q, k, w, scale, first, start)
         return
     Tq, HI = w.shape[1:]
-    args = (scores, q, k, w, scale, R, S, Tq, k.shape[1], HI, q.shape[2] // HI, _own_keys(q, k), first, start)
+    args = (scores, q, k, w, scale, R, S, Tq, k.shape[1], HI, q.shape[2] // HI, _own_keys(q, k, HI), first, start)
     cuda.launch("indexer_scores_forward_kernel", (ceil_div(S, TILE), ceil_div(R, TILE), B), THREADS, args)
 
 
@@ -30,8 +31,8 @@ def indexer_scores_backward(cuda, dq, dk, dw, dscores, q, k, w, scale, first):
     """As kernels.cpu.sparse.indexer.indexer_scores_backward."""
     B, R, S = dscores.shape
     T, HI = w.shape[1:]
-    dI, own_keys = q.shape[2] // HI, _own_keys(q, k)
-    if dI <= WIDEST and R > FEW and (products := tensor_products(cuda, indexer_trial)):
+    dI, own_keys = q.shape[2] // HI, _own_keys(q, k, HI)
+    if dI <= WIDEST and (products := _products(cuda, R)):
         tensor_scores_backward(cuda, products, dq, dk, dw, dscores, q, k, w, scale, first)
         return
     end = min(S, first + R)
@@ -49,7 +50,10 @@ def indexer_gathered_forward(cuda, scores, q, k, w, index, count, scale):
     """As kernels.cpu.sparse.indexer.indexer_gathered_forward."""
     B, T, K = scores.shape
     HI = w.shape[2]
-    args = (scores, q, k, w, index, count, scale, T, K, HI, q.shape[2] // HI, _own_keys(q, k))
+    if k.shape[2] <= WIDEST and not _own_keys(q, k, HI) and (products := _products(cuda, T)):
+        union_forward(cuda, products, scores, q, k, w, index, count, scale)
+        return
+    args = (scores, q, k, w, index, count, scale, T, K, HI, q.shape[2] // HI, _own_keys(q, k, HI))
     cuda.launch("indexer_gathered_forward_kernel", B * T, _threads(K), args)
 
 
@@ -57,7 +61,10 @@ def indexer_gathered_backward(cuda, dq, dk, dw, dscores, q, k, w, index, count, 
     """As kernels.cpu.sparse.indexer.indexer_gathered_backward."""
     B, T, K = dscores.shape
     HI = w.shape[2]
-    dI, own_keys = q.shape[2] // HI, _own_keys(q, k)
+    dI, own_keys = q.shape[2] // HI, _own_keys(q, k, HI)
+    if dI <= WIDEST and not own_keys and (products := _products(cuda, T)):
+        union_backward(cuda, products, dq, dk, dw, dscores, q, k, w, index, count, scale)
+        return
     sizes = T, K, HI, dI, own_keys
     packs = ceil_div(dI, 4)
     m = cuda.scratch("indexer_signs", (B, T, K, HI))
@@ -75,9 +82,14 @@ def indexer_gathered_backward(cuda, dq, dk, dw, dscores, q, k, w, index, count, 
     cuda.launch("indexer_gathered_dk_kernel", (T, ceil_div(columns, lanes), B), THREADS, args)
 
 
-def _own_keys(q, k):
-    """1 if each head has its own key, else 0."""
-    return int(k.shape[2] == q.shape[2])
+def _products(cuda, queries: int) -> str | None:
+    """How tensor cores multiply for so many queries; None: they do not."""
+    return tensor_products(cuda, indexer_trial) if queries > FEW else None
+
+
+def _own_keys(q, k, HI):
+    """1 if each of several heads has its own key, else 0."""
+    return int(HI > 1 and k.shape[2] == q.shape[2])
 
 
 def _threads(K):
@@ -86,23 +98,26 @@ def _threads(K):
 
 
 def indexer_trial(cuda) -> Results:
-    """Scores of two heads and their gradients: several tiles, on the diagonal and below it, and stages in turn.
+    """Scores of two heads and their gradients, of whole rows and of every fifth key: several tiles, stages in turn.
 
     Gradients jump where a product changes its sign, so there queries and keys are whole numbers, whose products are
     exact.
     """
-    T, HI, dI, rng = 150, 2, 40, np.random.default_rng(0)
-    shapes = dict(scores=(1, T, T), dq=(1, T, HI * dI), dk=(1, T, dI), dw=(1, T, HI))
-    dscores, q, k, w = (rng.standard_normal(shape).astype(np.float32) for shape in shapes.values())
-    past, products = np.tri(T, dtype=bool), "tf32" if cuda.tf32 else "3xtf32"
-    scores, expected = cuda.zeros((1, T, T)), np.empty((1, T, T))
-    tensor_scores_forward(cuda, products, scores, *map(cuda.to_device, (q, k, w)), 1.0, 0)
-    numpy_indexer.indexer_scores_forward(expected, *(x.astype(np.float64) for x in (q, k, w)), 1.0, 0)
-    yield "the indexer's scores", cuda.to_host(scores)[:, past], expected[:, past]
-    given = dscores, np.rint(2 * q), np.rint(2 * k), w
-    names = "dq", "dk", "dw"
-    found, expected = [cuda.zeros(shapes[name]) for name in names], [np.zeros(shapes[name]) for name in names]
-    tensor_scores_backward(cuda, products, *found, *map(cuda.to_device, given), 1.0, 0)
-    numpy_indexer.indexer_scores_backward(*expected, *(x.astype(np.float64) for x in given), 1.0, 0)
-    for name, ours, theirs in zip(names, found, expected):
-        yield f"the indexer's {name}", cuda.to_host(ours), theirs
+    T, K, HI, dI, rng, cpu = 150, 30, 2, 40, np.random.default_rng(0), numpy_indexer
+    columns = HI * dI, dI, HI, T, K
+    q, k, w, rows, listed = (rng.standard_normal((1, T, n)).astype(np.float32) for n in columns)
+    t, j = np.arange(T, dtype=np.int32)[None, :, None], np.arange(K, dtype=np.int32)
+    lists = np.where(j <= t // 5, t % 5 + 5 * j, -1), t[..., 0] // 5 + 1
+    exact, shapes = (np.rint(2 * q), np.rint(2 * k), w), [x.shape for x in (q, k, w)]
+    for name, launcher, op, outs, given, rest in (
+        ("scores", tensor_scores_forward, cpu.indexer_scores_forward, [rows.shape], (q, k, w), (1.0, 0)),
+        ("gradients", tensor_scores_backward, cpu.indexer_scores_backward, shapes, (rows, *exact), (1.0, 0)),
+        ("gathered scores", union_forward, cpu.indexer_gathered_forward, [listed.shape], (q, k, w, *lists), (1.0,)),
+        ("gathered gradients", union_backward, cpu.indexer_gathered_backward, shapes, (listed, *exact, *lists), (1.0,)),
+    ):
+        found, expected = ([zeros(shape) for shape in outs] for zeros in (cuda.zeros, np.zeros))
+        launcher(cuda, "tf32" if cuda.tf32 else "3xtf32", *found, *map(cuda.to_device, given), *rest)
+        op(*expected, *(x.astype(np.float64) if x.dtype == np.float32 else x for x in given), *rest)
+        for ours, theirs in zip(map(cuda.to_host, found), expected):
+            there = np.isfinite(theirs)  # scores of the future, and what is behind a list, are -inf
+            yield f"the indexer's {name}", ours[there], theirs[there]

@@ -9,11 +9,17 @@ WIDEST = max(STAYING)  # the widest heads that have such kernels
 RANGE_KEYS, RANGE_QUERIES = 1024, 512  # that pass by them at most
 
 
+def padded_width(dI: int) -> int:
+    """The head size, one of STAYING, that heads of dI columns are padded to."""
+    return min(size for size in STAYING if dI <= size)
+
+
 def tensor_scores_forward(cuda, products, scores, q, k, w, scale, first, start=0):
     """indexer_scores_forward; products: "tf32" or "3xtf32"."""
     B, R, S = scores.shape
-    (Tq, HI), own_keys = w.shape[1:], int(k.shape[2] == q.shape[2])
-    args = (scores, q, k, w, scale, R, S, Tq, k.shape[1], HI, q.shape[2] // HI, own_keys, first, start)
+    Tq, HI = w.shape[1:]
+    dI = q.shape[2] // HI
+    args = (scores, q, k, w, scale, R, S, Tq, k.shape[1], HI, dI, int(k.shape[2] > dI), first, start)
     grid = ceil_div(S, COLUMNS), ceil_div(R, ROWS), B
     cuda.launch(f"indexer_scores_forward_{products}_kernel", grid, TILE_THREADS, args)
 
@@ -22,8 +28,9 @@ def tensor_scores_backward(cuda, products, dq, dk, dw, dscores, q, k, w, scale, 
     """indexer_scores_backward for heads of at most WIDEST columns."""
     B, R, S = dscores.shape
     T, HI = w.shape[1:]
-    dI, own_keys, end = q.shape[2] // HI, int(k.shape[2] == q.shape[2]), first + R
-    size = min(size for size in STAYING if dI <= size)
+    dI, end = q.shape[2] // HI, first + R
+    own_keys = int(k.shape[2] > dI)
+    size = padded_width(dI)
     tile, ranges = STAYING[size], ceil_div(end, RANGE_KEYS)
     sizes = B, R, S, T, HI, dI, own_keys, first
     parts = cuda.scratch("indexer_parts", (ranges, B, R, HI * dI))
