@@ -173,7 +173,7 @@ ROWS_OF_TABLE = [
         "indexer_scores_forward_3xtf32_kernel",
         "0",
         "N*(HI + 1)*dI + N*HI + N*T",
-        "N*T*HI*dI*3/256 + N*T",
+        "N*T*HI*dI/64 + N*T",
         "N*(T + 1)*HI*(dI + 1)",
         3,
     ),

@@ -15,10 +15,11 @@
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-template <bool EXACT> using ScoresTile = MmaTile<128, 64, 32, 64, 4, EXACT, true, true>;
+// 3xTF32 takes the registers of half the columns of a warp
+template <bool EXACT>
+using ScoresTile = MmaTile<EXACT ? 64 : 128, 64, 32, EXACT ? 32 : 64, 4, EXACT, true, true>;
 
-// scores (B,R,S) for the queries at first ..; a block for each tile of 128 queries and 64 keys, grid (key tiles, query
-// tiles, B)
+// scores (B,R,S) for the queries at first ..; grid (key tiles, query tiles, B)
 template <bool EXACT>
 __device__ __forceinline__ void scores_tile(float* scores, const float* q, const float* k, const float* w, float scale,
                                             int R, int S, int Tq, int Tk, int HI, int dI, int own_keys, int first,
@@ -101,7 +102,7 @@ indexer_scores_forward_tf32_kernel(float* __restrict__ scores, const float* __re
     FOR_TENSOR_CORES(scores_tile<false>(scores, q, k, w, scale, R, S, Tq, Tk, HI, dI, own_keys, first, start);)
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2)
+extern "C" __global__ void __launch_bounds__(128, 3)
 indexer_scores_forward_3xtf32_kernel(float* __restrict__ scores, const float* __restrict__ q,
                                      const float* __restrict__ k, const float* __restrict__ w, float scale, int R,
                                      int S, int Tq, int Tk, int HI, int dI, int own_keys, int first, int start) {
