@@ -39,7 +39,7 @@ from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
-from systems.selection import ROWS, add_report_options, measure, report
+from systems.selection import add_report_options, measure, report, rows_at_once
 from systems.sparsity import (
     CONTROLLER,
     SCORED,
@@ -177,8 +177,9 @@ class Selection(Part):
 
     integers = ("keep", "count", "index")
 
-    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part):
+    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part, rows: int):
         super().__init__(ops, config, sparsity, params)
+        self.rows = rows  # of queries whose scores are in memory at a time
         self.indexer, self.seeds = indexer, ops.zeros(config.L, np.int32)  # of the random selector, by layer
 
     def shapes_of(self, l: int, B: int, T: int, keys: int) -> dict:
@@ -215,7 +216,7 @@ class Selection(Part):
             ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
         else:
             a.keep.fill(s.k[l])
-        for first, scores in query_blocks(a.scores, B, start, start + T, ROWS):
+        for first, scores in query_blocks(a.scores, B, start, start + T, self.rows):
             self.score(l, a, scores, first, start)
             if s.selector == "top-p":
                 ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
@@ -274,7 +275,7 @@ class GPT2:
         self.mlp = Experts(*part) if is_moe(config) else MLP(*part)
         kinds = dict(none=NoIndexer, lightning=Lightning, upstream=UpstreamIndexer)
         self.indexer = kinds[sparsity.indexer](*part)
-        self.selection = Selection(*part, self.indexer)
+        self.selection = Selection(*part, self.indexer, rows_at_once(device, B, config.maxT))
         self.parts = self.attention, self.mlp, self.indexer, self.selection
         self.scratch = SCRATCH + self.attention.scratch + self.mlp.scratch
         self.integers = self.mlp.integers + self.selection.integers
@@ -283,7 +284,7 @@ class GPT2:
     def layer_shapes(self, l: int, attention: Part, B: int, T: int, keys: int) -> dict:
         """Layer l's activations for B x T new tokens and so many keys, but for what is kept of every position."""
         N, C, NH = B * T, self.config.C, self.config.NH
-        block = (B * max(min(ROWS, T) * keys, T * min(max(self.sparsity.k), keys)),)
+        block = (B * max(min(self.selection.rows, T) * keys, T * min(max(self.sparsity.k), keys)),)
         shapes = dict(
             ln1=(N, C),
             ln1_mean=(N,),
@@ -474,7 +475,7 @@ class GPT2:
             ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT)
         if learn:
             d.ik.fill(0)
-        for first, scores in query_blocks(a.scores, B, 0, T, ROWS):
+        for first, scores in query_blocks(a.scores, B, 0, T, self.selection.rows):
             p = a.p[: scores.size].reshape(scores.shape)
             ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, c, first)
             ops.attention_mean(p, a.qkv, a.lse, self.config.NH, first)

@@ -148,6 +148,32 @@ def test_bands_have_a_trial_of_their_own(tf32, tmp_path, capfd):
     assert said.count("\n") == 1 and "are not used, FC1's dweight is off by" in said
 
 
+@pytest.mark.parametrize(
+    "name, right, wrong, result",
+    [
+        ("indexer_tensor.cu", "asked++, column = 0;", "asked++;", "scores"),  # the next head begins too far on
+        ("indexer_tensor.cu", "stage = TILE - stage;", "", "gradients"),
+        ("indexer_union.cu", "before += __popc(chosen[query][word].keys);", "", "gathered scores"),
+        ("indexer_union.cu", "chosen[half].before += __popc(chosen[half].keys);", "", "gathered gradients"),
+    ],
+)
+def test_an_indexer_that_is_wrong_is_not_used(name, right, wrong, result, tmp_path, capfd):
+    """Said once; its scores come from CUDA cores."""
+    runtime, T = emulated(folders=planted(tmp_path, name, (right, wrong))), 20
+    given = rounded(1, T, 8), rounded(1, T, 4), rounded(1, T, 2)
+    past, expected = np.tri(T, dtype=bool), np.empty((1, T, T))
+    cpu.indexer_scores_forward(expected, *given, 0.5, 0)
+    for _ in range(2):
+        runtime.launched.clear()
+        scores, *on_gpu = (place(runtime, x, 0) for x in (nan(1, T, T), *given))
+        cuda.device(runtime).indexer_scores_forward(scores, *on_gpu, 0.5, 0)
+        assert runtime.launched[-1] == "indexer_scores_forward_kernel"
+        assert relative(runtime.to_host(scores)[:, past], expected[:, past]) <= 1e-6
+    assert len(runtime.launched) == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and f"are not used, the indexer's {result} is off by" in said
+
+
 def every_third_key(T, K, start) -> tuple[np.ndarray, np.ndarray]:
     """index (1,T-start,K), count (1,T-start): back from the query."""
     index, count = np.full((1, T - start, K), -1, np.int32), np.empty((1, T - start), np.int32)
