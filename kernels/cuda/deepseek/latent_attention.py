@@ -6,7 +6,7 @@ import numpy as np
 
 from kernels.cpu.deepseek import latent_attention as numpy_latent_attention
 from kernels.cuda.gpt2.attention_join import attention_join, part_buffers, split_keys
-from kernels.cuda.runtime.grid import TILE_THREADS, ceil_div
+from kernels.cuda.runtime.grid import TILE_THREADS, WARP, ceil_div
 from kernels.cuda.runtime.tensor_cores import Results, takes_tensor_cores
 from llmc.errors import UserError
 
@@ -16,15 +16,16 @@ TILES = {"latent_attention_kernel": (32, 5), "latent_attention_wide_kernel": (8,
 SHARED = 46 << 10  # bytes for queries and keys; the rest is for scores and sums
 
 TENSOR_HEADS = 16  # the same on tensor cores: heads are the rows of a product, and fewer take as long
-TENSOR_TILES = {128: (128, 32), 576: (512, 16)}  # D at most: kv_rank at most, keys of a tile
+TENSOR_TILES = {128: (128, 32, 4), 576: (512, 16, 6)}  # D at most: kv_rank at most, keys of a tile, warps
 
 
 class Tile(NamedTuple):
-    """A kernel, the most heads of its blocks, keys of a tile, bytes of dynamic shared memory, 0 where it says so."""
+    """A kernel, the most heads of its blocks, keys of a tile, threads, bytes of dynamic shared memory, 0: it says so."""
 
     kernel: str
     heads: int
     keys: int
+    threads: int = TILE_THREADS
     shared_mem: int = 0
 
 
@@ -52,7 +53,7 @@ def _attend(cuda, tile: Tile, out, qlat, latent, index, count, scale, start):
     )  # else not written
     args = (out, part_sums, part_softmax, qlat, latent, index, count)
     sizes = (scale, NH, kv_rank, qlat.shape[2], heads, K, share, start)
-    cuda.launch(tile.kernel, (n, groups, parts), TILE_THREADS, (*args, *sizes), tile.shared_mem)
+    cuda.launch(tile.kernel, (n, groups, parts), tile.threads, (*args, *sizes), tile.shared_mem)
     if parts > 1:
         attention_join(cuda, out, cuda.scratch("latent_lse", (1, NH, n)), part_sums, part_softmax)
 
@@ -62,19 +63,19 @@ def _tile(kv_rank, D) -> Tile:
     for kernel, (keys, packs) in TILES.items():
         shared_mem = 16 * (HEADS + keys) * (ceil_div(D, 4) | 1)
         if HEADS * ceil_div(kv_rank, 4) <= packs * TILE_THREADS and shared_mem <= SHARED:
-            return Tile(kernel, HEADS, keys, shared_mem)
+            return Tile(kernel, HEADS, keys, TILE_THREADS, shared_mem)
     problem = f"kv_rank {kv_rank} and R {D - kv_rank}, on a GPU at most 512 and 220"
     raise UserError(f"latent_attention_forward: {problem}", "--device cpu, or a model with smaller latents")
 
 
 def _tensor_size(kv_rank, D) -> int | None:
     """The first size of TENSOR_TILES that holds such latents; None: none does."""
-    return next((size for size, (rank, _) in TENSOR_TILES.items() if D <= size and kv_rank <= rank), None)
+    return next((size for size, (rank, *_) in TENSOR_TILES.items() if D <= size and kv_rank <= rank), None)
 
 
 def _tensor_tile(cuda, size: int) -> Tile:
-    products = "tf32" if cuda.tf32 else "3xtf32"
-    return Tile(f"latent_attention_{products}_{size}_kernel", TENSOR_HEADS, TENSOR_TILES[size][1])
+    products, (_, keys, warps) = "tf32" if cuda.tf32 else "3xtf32", TENSOR_TILES[size]
+    return Tile(f"latent_attention_{products}_{size}_kernel", TENSOR_HEADS, keys, WARP * warps)
 
 
 def latent_trial(cuda, D: int) -> Results:

@@ -20,20 +20,16 @@
 // Keys behind the end are zeros with weight 0. All rows of a block have the same keys, so no later one is ever read.
 
 template <int WIDTH> constexpr int ROW = WIDTH / 4 + 1;  // of shared memory, in chunks of 16 bytes
-// groups of 32 columns that a warp has of so many
-template <int COLUMNS> constexpr int GROUPS = (COLUMNS / 32 + TILE_WARPS - 1) / TILE_WARPS;
-
-// group i of this warp
-__device__ __forceinline__ int group_of_warp(int i) { return threadIdx.x / WARP + i * TILE_WARPS; }
+// groups of 32 columns that one of so many warps has at most, and its group i
+template <int COLUMNS, int WARPS> constexpr int GROUPS = (COLUMNS / 32 + WARPS - 1) / WARPS;
+template <int WARPS> __device__ __forceinline__ int group_of_warp(int i) { return threadIdx.x / WARP + i * WARPS; }
 
 // KEYS rows (D) of latent on their way to a tile, zeros behind D and where there is none. Lane i knows the row of key i,
 // or -1
-template <int WIDTH, int KEYS>
+template <int WIDTH, int KEYS, int WARPS>
 __device__ __forceinline__ void fetch_latents(Pack<4>* tile, const float* latent, int row_of_lane, int D, bool packed) {
     const int lane = threadIdx.x % WARP;
-#pragma unroll
-    for (int i = 0; i < KEYS / TILE_WARPS; i++) {
-        const int key = threadIdx.x / WARP + i * TILE_WARPS;
+    for (int key = threadIdx.x / WARP; key < KEYS; key += WARPS) {
         const int row = __shfl_sync(ALL_LANES, row_of_lane, key);
         const float* from = latent + (size_t)max(row, 0) * D;
         Pack<4>* to = tile + key * ROW<WIDTH>;
@@ -50,29 +46,33 @@ __device__ __forceinline__ void fetch_latents(Pack<4>* tile, const float* latent
     }
 }
 
-// scores (16 heads, 8N keys) += this warp's columns of queries and latents
-template <bool EXACT, int WIDTH, int N>
-__device__ __forceinline__ void add_scores(float (&scores)[1][N][4], const Rows<32 * GROUPS<WIDTH>, 1, false>& queries,
+// sums (16 heads, 8N keys) += queries . latents over this warp's columns: two sums, so that a product need not wait for
+// the one before
+template <bool EXACT, int WIDTH, int WARPS, int N>
+__device__ __forceinline__ void add_scores(float (&sums)[2][N][4],
+                                           const Rows<32 * GROUPS<WIDTH, WARPS>, 1, false>& queries,
                                            const Pack<4>* tile, int D) {
     const Pack<4>* mine = tile + threadIdx.x % WARP / 4 * ROW<WIDTH> + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < GROUPS<WIDTH>; i++) {
-        if (32 * group_of_warp(i) >= D) { break; }
+    for (int i = 0; i < GROUPS<WIDTH, WARPS>; i++) {
+        const int group = group_of_warp<WARPS>(i);
+        if (32 * group >= D) { break; }
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
             Pack<4> b[N];
 #pragma unroll
-            for (int n = 0; n < N; n++) { b[n] = mine[n * 8 * ROW<WIDTH> + 8 * group_of_warp(i) + pair]; }
+            for (int n = 0; n < N; n++) { b[n] = mine[n * 8 * ROW<WIDTH> + 8 * group + pair]; }
 #pragma unroll
             for (int step = 0; step < 2; step++) {
-                const Pack<4> x = queries.get(0, 4 * i + 2 * pair + step);
+                Pack<4> x = queries.get(0, 4 * i + 2 * pair + step);
+                if (EXACT) { forget(x); }
                 Tf32 a[4];
 #pragma unroll
                 for (int j = 0; j < 4; j++) { a[j] = operand<EXACT>(x.at[j]); }
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     const Tf32 b0 = split_tf32<EXACT>(b[n].at[2 * step]), b1 = split_tf32<EXACT>(b[n].at[2 * step + 1]);
-                    mma<EXACT>(scores[0][n], a, b0, b1);
+                    mma<EXACT>(sums[pair][n], a, b0, b1);
                 }
             }
         }
@@ -80,20 +80,20 @@ __device__ __forceinline__ void add_scores(float (&scores)[1][N][4], const Rows<
 }
 
 // sums (16 heads, this warp's columns) += weights (16 heads, 8N keys) times latents
-template <bool EXACT, int WIDTH, int N, int OWN>
-__device__ __forceinline__ void add_latents(float (&sums)[OWN][4][4], const float (&weights)[1][N][4],
+template <bool EXACT, int WIDTH, int WARPS, int N, int OWN>
+__device__ __forceinline__ void add_latents(float (&sums)[OWN][4][4], const float (&weights)[N][4],
                                             const Pack<4>* tile, int kv_rank) {
     const Pack<4>* mine = tile + threadIdx.x % 4 * 2 * ROW<WIDTH> + threadIdx.x % WARP / 4;
 #pragma unroll
     for (int n = 0; n < N; n++) {
         Tf32 a[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) { a[j] = split_tf32<EXACT>(weights[0][n][j % 2 * 2 + j / 2]); }
+        for (int j = 0; j < 4; j++) { a[j] = split_tf32<EXACT>(weights[n][j % 2 * 2 + j / 2]); }
 #pragma unroll
         for (int i = 0; i < OWN; i++) {
-            if (32 * group_of_warp(i) >= kv_rank) { break; }
-            const Pack<4> x = mine[n * 8 * ROW<WIDTH> + 8 * group_of_warp(i)];
-            const Pack<4> y = mine[(n * 8 + 1) * ROW<WIDTH> + 8 * group_of_warp(i)];
+            const int group = group_of_warp<WARPS>(i);
+            if (32 * group >= kv_rank) { break; }
+            const Pack<4> x = mine[n * 8 * ROW<WIDTH> + 8 * group], y = mine[(n * 8 + 1) * ROW<WIDTH> + 8 * group];
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 mma<EXACT>(sums[i][c], a, split_tf32<EXACT>(x.at[c]), split_tf32<EXACT>(y.at[c]));
@@ -133,12 +133,12 @@ __device__ __forceinline__ void online_softmax(float (&p)[N][4], float (&top)[2]
 }
 
 // D up to WIDTH, kv_rank up to RANK, KEYS of a tile
-template <bool EXACT, int WIDTH, int RANK, int KEYS>
+template <bool EXACT, int WIDTH, int RANK, int KEYS, int WARPS>
 __device__ __forceinline__ void attend(float* out, float* part_sums, float* part_softmax, const float* qlat,
                                        const float* latent, const int* index, const int* count, float scale, int NH,
                                        int kv_rank, int D, int heads, int K, int share, int start) {
-    constexpr int TILE = KEYS * ROW<WIDTH>, OWN = GROUPS<RANK>, N = KEYS / 8;
-    static_assert(KEYS <= WARP && KEYS % TILE_WARPS == 0 && WIDTH % 32 == 0 && RANK % 32 == 0, "whole warps and groups");
+    constexpr int TILE = KEYS * ROW<WIDTH>, OWN = GROUPS<RANK, WARPS>, N = KEYS / 8;
+    static_assert(KEYS <= WARP && KEYS % 8 == 0 && WIDTH % 32 == 0 && RANK % 32 == 0, "whole warps and groups");
     extern __shared__ Pack<4> shared[];  // two stages of latents, then scores: every warp's part
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     const int query = blockIdx.x, first_head = blockIdx.y * heads;
@@ -155,15 +155,15 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
         return lane >= KEYS || at >= end ? -1 : K > 0 ? index[at] : at;
     };
 
-    fetch_latents<WIDTH, KEYS>(shared, latent, row_of_lane(begin), D, packed);
+    fetch_latents<WIDTH, KEYS, WARPS>(shared, latent, row_of_lane(begin), D, packed);
     commit_copies();
     int ahead = row_of_lane(begin + KEYS);  // rows of the next tile, so that no copy waits for the list
-    Rows<32 * GROUPS<WIDTH>, 1, false> queries(nullptr);
+    Rows<32 * GROUPS<WIDTH, WARPS>, 1, false> queries(nullptr);
 #pragma unroll
-    for (int i = 0; i < GROUPS<WIDTH>; i++) {
+    for (int i = 0; i < GROUPS<WIDTH, WARPS>; i++) {
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
-            const int of_row = 2 * group_of_warp(i) + pair;
+            const int of_row = 2 * group_of_warp<WARPS>(i) + pair;
             const Pack<4> low = load_chunk(qlat, D, 0, of_row, heads, D, packed);
             const Pack<4> high = load_chunk(qlat, D, 1, of_row, heads, D, packed);
             put_chunks<EXACT>(queries, 0, 2 * i + pair, low, high);
@@ -184,30 +184,33 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
         wait_for_copies<0>();
         __syncthreads();  // all copies are there, and all warps are done with the other stage and the scores
         if (first + KEYS < end) {
-            fetch_latents<WIDTH, KEYS>(shared + stage, latent, ahead, D, packed);
+            fetch_latents<WIDTH, KEYS, WARPS>(shared + stage, latent, ahead, D, packed);
             commit_copies();
             ahead = row_of_lane(first + 2 * KEYS);
         }
-        float p[1][N][4];
+        float p[2][N][4];
         clear(p);
-        add_scores<EXACT, WIDTH>(p, queries, now, D);
+        add_scores<EXACT, WIDTH, WARPS>(p, queries, now, D);
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            scores[(warp * N + n) * WARP + lane] = {p[0][n][0], p[0][n][1], p[0][n][2], p[0][n][3]};
+            Pack<4> score;
+#pragma unroll
+            for (int i = 0; i < 4; i++) { score.at[i] = p[0][n][i] + p[1][n][i]; }
+            scores[(warp * N + n) * WARP + lane] = score;
         }
         __syncthreads();
 #pragma unroll
         for (int n = 0; n < N; n++) {
             Pack<4> score = scores[n * WARP + lane];
 #pragma unroll
-            for (int other = 1; other < TILE_WARPS; other++) { add(score, scores[(other * N + n) * WARP + lane]); }
+            for (int other = 1; other < WARPS; other++) { add(score, scores[(other * N + n) * WARP + lane]); }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 p[0][n][i] = first + 8 * n + 2 * t + i % 2 < end ? score.at[i] : MINUS_INFINITY;
             }
         }
         online_softmax(p[0], top, total, sums, scale);
-        add_latents<EXACT, WIDTH>(sums, p, now, kv_rank);
+        add_latents<EXACT, WIDTH, WARPS>(sums, p[0], now, kv_rank);
     }
 
     const bool whole = gridDim.z == 1;
@@ -226,7 +229,7 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
     const bool packed_sums = kv_rank % 4 == 0 && aligned(to);
 #pragma unroll
     for (int i = 0; i < OWN; i++) {
-        const int column = 32 * group_of_warp(i);
+        const int column = 32 * group_of_warp<WARPS>(i);
         if (column >= kv_rank) { break; }
         store_rows<32>(to + column, kv_rank, heads, kv_rank - column, sums[i], factor, packed_sums);
     }
@@ -242,7 +245,7 @@ latent_attention_tf32_128_kernel(float* __restrict__ out, float* __restrict__ pa
                                  const float* __restrict__ latent, const int* __restrict__ index,
                                  const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
                                  int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<false, 128, 128, 32>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
+    FOR_TENSOR_CORES((attend<false, 128, 128, 32, 4>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
                                                   kv_rank, D, heads, K, share, start));)
 }
 
@@ -252,27 +255,27 @@ latent_attention_3xtf32_128_kernel(float* __restrict__ out, float* __restrict__ 
                                    const float* __restrict__ latent, const int* __restrict__ index,
                                    const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
                                    int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<true, 128, 128, 32>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
+    FOR_TENSOR_CORES((attend<true, 128, 128, 32, 4>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
                                                  kv_rank, D, heads, K, share, start));)
 }
 
 // the same for D up to 576, kv_rank up to 512
-extern "C" __global__ void __launch_bounds__(128, 2) DYNAMIC_SHARED(78336)
+extern "C" __global__ void __launch_bounds__(192, 2) DYNAMIC_SHARED(80384)
 latent_attention_tf32_576_kernel(float* __restrict__ out, float* __restrict__ part_sums,
                                  float* __restrict__ part_softmax, const float* __restrict__ qlat,
                                  const float* __restrict__ latent, const int* __restrict__ index,
                                  const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
                                  int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<false, 576, 512, 16>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
+    FOR_TENSOR_CORES((attend<false, 576, 512, 16, 6>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
                                                   kv_rank, D, heads, K, share, start));)
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2) DYNAMIC_SHARED(78336)
+extern "C" __global__ void __launch_bounds__(192, 2) DYNAMIC_SHARED(80384)
 latent_attention_3xtf32_576_kernel(float* __restrict__ out, float* __restrict__ part_sums,
                                    float* __restrict__ part_softmax, const float* __restrict__ qlat,
                                    const float* __restrict__ latent, const int* __restrict__ index,
                                    const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
                                    int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<true, 576, 512, 16>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
+    FOR_TENSOR_CORES((attend<true, 576, 512, 16, 6>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
                                                  kv_rank, D, heads, K, share, start));)
 }
