@@ -79,6 +79,10 @@ class Latents(Attention):
     def forward(self, l: int, a, start: int = 0):
         """The rows from `start` of a.qkv (B,start+T,3C), of a.ln1 (N,C)."""
         self.latents(l, a)
+        self.expand(l, a, start)
+
+    def expand(self, l: int, a, start: int):
+        """The rows from `start` of a.qkv, of a.q, a.kvn and a.kva."""
         self.ops.matmul_forward(a.kv, a.kvn, self.params.kvbw[l])
         self.ops.mla_qkv_forward(a.qkv[:, start:], a.q, a.kv, a.kva, self.config.NH, self.config.R, start)
 
@@ -96,14 +100,25 @@ class Latents(Attention):
 
 
 class AbsorbedLatents(Latents):
-    """MLA for decoding: queries and outputs live in the keys' latent space, and a position keeps kv_rank + R values."""
+    """MLA for decoding: queries and outputs live in the keys' latent space, and a position keeps kv_rank + R values.
+
+    A key costs a head 2 kv_rank + R multiplications there, and 2 hs where heads have keys and values of their own. A
+    prompt that sees itself alone has the same products with kvbw in both forms, so with dense attention it goes the
+    cheaper way. A list of keys is taken from the latents: k rows of kv_rank + R values in place of 2C.
+    """
+
+    def __init__(self, *part):
+        super().__init__(*part)
+        c = self.config
+        self.prompts_expand = 2 * c.kv_rank + c.R > 2 * c.C // c.NH
 
     def kept(self) -> dict:
         return dict(latent=self.config.kv_rank + self.config.R)
 
     def shapes(self, B: int, T: int) -> dict:
         c, N = self.config, B * T
-        return super().shapes(B, T) | dict(qlat=(N, c.NH, c.kv_rank + c.R), olat=(N, c.NH, c.kv_rank))
+        absorbed = dict(qlat=(N, c.NH, c.kv_rank + c.R), olat=(N, c.NH, c.kv_rank))
+        return super().shapes(B, T) | absorbed | (dict(qkv=(B, T, 3 * c.C)) if self.prompts_expand else {})
 
     def forward(self, l: int, a, start: int = 0):
         """The rows from `start` of a.latent (1,start+T,kv_rank+R), of a.ln1 (T,C)."""
@@ -112,6 +127,9 @@ class AbsorbedLatents(Latents):
 
     def attend(self, l: int, a, start: int, dense: bool):
         """a.atty (T,C): what the queries from `start` on see of all keys, or of those selected."""
+        if dense and start == 0 and self.prompts_expand:
+            self.expand(l, a, 0)
+            return super().attend(l, a, 0, True)
         ops, c, kvbw = self.ops, self.config, self.params.kvbw[l]
         index, count = (None, None) if dense else (a.index, a.count)
         ops.mla_absorb(a.qlat, a.q, kvbw, c.NH, c.R, start)

@@ -7,7 +7,8 @@ from selected_keys import lists_of
 
 from kernels import cpu, cuda
 from kernels.cuda.deepseek import latent_attention
-from kernels.cuda.runtime import tensor_cores as rule
+from kernels.cuda.deepseek.latent_attention_tensor import tensor_size
+from kernels.cuda.runtime.tensor_cores import worth_it
 
 SIZES = [  # n, NH, kv_rank, R, start, K, offset
     (1, 1, 1, 2, 0, 1, 0), (5, 3, 7, 4, 0, 3, 0), (3, 17, 16, 4, 30, 12, 0), (34, 8, 64, 16, 0, 34, 0),
@@ -19,13 +20,13 @@ SIZES = [  # n, NH, kv_rank, R, start, K, offset
 @pytest.fixture(autouse=True)
 def untried(monkeypatch):
     """The launcher takes kernels for tensor cores without a trial."""
-    monkeypatch.setattr(latent_attention, "takes_tensor_cores", lambda cuda, *_: rule.worth_it(cuda))
+    monkeypatch.setattr(latent_attention, "takes_tensor_cores", lambda cuda, *_: worth_it(cuda))
 
 
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("n, NH, kv_rank, R, start, K, offset", SIZES)
 def test_latent_attention(tensor_cores, n, NH, kv_rank, R, start, K, offset, listed):
-    """Heads from 1 to 128, in groups of 16 at most; tiles that a part's keys fill or not; lists of one key and of all."""
+    """1 to 128 heads, in groups of 16 at most; tiles that a part's keys fill or not; lists of one key and of all."""
     S = start + n
     qlat, latent = rounded(n, NH, kv_rank + R), rounded(S + 2, kv_rank + R)
     latent[S:] = np.nan  # no query has come so far
@@ -79,7 +80,9 @@ def test_tf32_rounds_and_3xtf32_does_not(open_tensor_cores):
     qlat, latent = rounded(4, 16, 80), rounded(150, 80)
     expected = np.empty((4, 16, 64))
     cpu.latent_attention_forward(expected, qlat, latent, None, None, 0.3, 146)
-    errors = {tf32: relative(attended(open_tensor_cores(tf32), qlat, latent, 64, start=146), expected) for tf32 in (0, 1)}
+    errors = {
+        tf32: relative(attended(open_tensor_cores(tf32), qlat, latent, 64, start=146), expected) for tf32 in (0, 1)
+    }
     assert errors[0] <= TOL_TENSOR[False] and ROUNDED <= errors[1] <= TOL_TENSOR[True]
 
 
@@ -94,11 +97,4 @@ def test_large_scores(tensor_cores):
 ])  # fmt: skip
 def test_what_a_size_holds(kv_rank, R, size):
     """What none holds is left to the kernels for CUDA cores, up to their own limit."""
-    assert latent_attention._tensor_size(kv_rank, kv_rank + R) == size
-
-
-@pytest.mark.parametrize("D", [128, 127, 576, 575])
-def test_the_trial_passes(tensor_cores, D):
-    most = rule.MOST[tensor_cores.tf32]
-    for name, found, expected in latent_attention.latent_trial(tensor_cores, D):
-        assert relative(found, expected) <= most, name
+    assert tensor_size(kv_rank, kv_rank + R) == size

@@ -297,6 +297,24 @@ def test_extend_gives_the_logits_of_forward(config, kind):
             assert np.abs(logits - expected[start - 1]).max() < 1e-12
 
 
+@pytest.mark.parametrize("kv_rank, expands", [(6, True), (3, False), (2, False)])
+def test_a_prompt_with_dense_attention_takes_the_cheaper_form(kv_rank, expands):
+    """With heads of 4, 2 hs = 8 multiplications a key against 2 kv_rank + R: 14, 8, 6. What follows sees the same."""
+    T, n, config = 12, 7, replace(MLA, kv_rank=kv_rank)
+    taken, device = [], SimpleNamespace(**vars(IN_FLOAT64))
+    for op in ("attention_forward", "latent_attention_forward"):
+        setattr(device, op, lambda *args, op=op: (taken.append(op), getattr(cpu, op)(*args)))
+    sparsity = replace(SPARSE["top-k"], attention="dense")
+    model, (inputs, _) = tiny_model(config, sparsity, 1, T, device=device), batch(config, 1, T)
+    model.forward(inputs)
+    expected = model.acts.logits[:, : config.V].copy()
+    taken.clear()
+    prompt, rest = model.extend(inputs[0, :n], 0), model.extend(inputs[0, n:], n)
+    absorbed = ["latent_attention_forward"] * config.L
+    assert taken == (["attention_forward"] * config.L if expands else absorbed) + absorbed
+    assert np.abs(np.stack([prompt, rest]) - expected[[n - 1, T - 1]]).max() < 1e-12
+
+
 def test_extend_forgets_nothing_it_needs_when_it_starts_again():
     """A second text in the same decoder gives the bits of a fresh one."""
     (first, second), used = batch(GPT2, 2, 12)[0], tiny_model(GPT2, SPARSE["prefix"], 1, 12, np.float32)

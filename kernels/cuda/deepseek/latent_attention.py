@@ -1,12 +1,11 @@
 """Launchers of latent_attention.cu, and on GPUs with tensor cores those of latent_attention_tensor.cu instead."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from kernels.cpu.deepseek import latent_attention as numpy_latent_attention
+from kernels.cuda.deepseek.latent_attention_tensor import TENSOR_TILES, Tile, tensor_size, tensor_tile
 from kernels.cuda.gpt2.attention_join import attention_join, part_buffers, split_keys
-from kernels.cuda.runtime.grid import TILE_THREADS, WARP, ceil_div
+from kernels.cuda.runtime.grid import TILE_THREADS, ceil_div
 from kernels.cuda.runtime.tensor_cores import Results, takes_tensor_cores
 from llmc.errors import UserError
 
@@ -15,26 +14,13 @@ HEADS = 8  # the most heads of a block
 TILES = {"latent_attention_kernel": (32, 5), "latent_attention_wide_kernel": (8, 8)}
 SHARED = 46 << 10  # bytes for queries and keys; the rest is for scores and sums
 
-TENSOR_HEADS = 16  # the same on tensor cores: heads are the rows of a product, and fewer take as long
-TENSOR_TILES = {128: (128, 32, 4), 576: (512, 16, 6)}  # D at most: kv_rank at most, keys of a tile, warps
-
-
-class Tile(NamedTuple):
-    """A kernel, the most heads of its blocks, keys of a tile, threads, bytes of dynamic shared memory, 0: it says so."""
-
-    kernel: str
-    heads: int
-    keys: int
-    threads: int = TILE_THREADS
-    shared_mem: int = 0
-
 
 def latent_attention_forward(cuda, out, qlat, latent, index, count, scale, start=0):
     """As kernels.cpu.deepseek.latent_attention.latent_attention_forward. UserError for kv_rank > 512, R > 220."""
     kv_rank, D = out.shape[2], qlat.shape[2]
-    size = _tensor_size(kv_rank, D)
+    size = tensor_size(kv_rank, D)
     if size and takes_tensor_cores(cuda, latent_trial, size if D % 4 == 0 else size - 1):
-        tile = _tensor_tile(cuda, size)
+        tile = tensor_tile(cuda, size)
     else:
         tile = _tile(kv_rank, D)
     _attend(cuda, tile, out, qlat, latent, index, count, scale, start)
@@ -68,21 +54,11 @@ def _tile(kv_rank, D) -> Tile:
     raise UserError(f"latent_attention_forward: {problem}", "--device cpu, or a model with smaller latents")
 
 
-def _tensor_size(kv_rank, D) -> int | None:
-    """The first size of TENSOR_TILES that holds such latents; None: none does."""
-    return next((size for size, (rank, *_) in TENSOR_TILES.items() if D <= size and kv_rank <= rank), None)
-
-
-def _tensor_tile(cuda, size: int) -> Tile:
-    products, (_, keys, warps) = "tf32" if cuda.tf32 else "3xtf32", TENSOR_TILES[size]
-    return Tile(f"latent_attention_{products}_{size}_kernel", TENSOR_HEADS, keys, WARP * warps)
-
-
 def latent_trial(cuda, D: int) -> Results:
-    """Two groups of heads and two parts of the keys, with tiles enough to use a stage again; by position and by list."""
+    """Two groups of heads, two parts of the keys, tiles enough to use a stage again; by position and by list."""
     n, NH, S, K, rng = 2, 17, 250, 150, np.random.default_rng(0)
-    size = _tensor_size(0, D)
-    kv_rank = TENSOR_TILES[size][0] - 33
+    size = tensor_size(1, D)
+    kv_rank = TENSOR_TILES[size].kv_rank - 33
     shapes = dict(qlat=(n, NH, D), latent=(S, D))
     given = [rng.standard_normal(shape).astype(np.float32) for shape in shapes.values()]
     index = np.sort([rng.permutation(S)[:K] for _ in range(n)]).astype(np.int32)[None]
@@ -90,7 +66,7 @@ def latent_trial(cuda, D: int) -> Results:
     for name, lists in (("position", (None, None)), ("list", (index, count))):
         ours = [array if array is None else cuda.to_device(array) for array in (*given, *lists)]
         found, expected = cuda.zeros((n, NH, kv_rank)), np.empty((n, NH, kv_rank))
-        _attend(cuda, _tensor_tile(cuda, size), found, *ours, D**-0.5, S - n)
+        _attend(cuda, tensor_tile(cuda, size), found, *ours, D**-0.5, S - n)
         exact = (values.astype(np.float64) for values in given)
         numpy_latent_attention.latent_attention_forward(expected, *exact, *lists, D**-0.5, S - n)
         yield f"attention to latents by {name}", cuda.to_host(found), expected

@@ -1,31 +1,32 @@
-// latent_attention_tensor.cu: attention over latents that all heads share, on tensor cores, for sm_80 and later; formulas
-// in kernels/cpu/deepseek/latent_attention.py, fragments of products in mma.cuh, rows of tiles in attention_mma.cuh
+// latent_attention_tensor.cu: attention over latents that all heads share, on tensor cores, for sm_80 and later;
+// formulas in kernels/cpu/deepseek/latent_attention.py, fragments of products in mma.cuh, rows in attention_mma.cuh
 //
-// qlat (n,NH,D) meets the rows of latent (S,D), D = kv_rank + R, up to its position or by list. tf32: operands of products
-// are rounded to nearest; 3xtf32: split, with float32's accuracy. Sums and softmax are float32.
+// qlat (n,NH,D) meets the rows of latent (S,D), D = kv_rank + R, up to its position or by list. tf32: operands of
+// products are rounded to nearest; 3xtf32: split, with float32's accuracy. Sums and softmax are float32.
 //
-//   v1 latent_attention.cu        8 heads read a tile from shared memory for one FMA each: that is the limit
-//   v2 16 heads are the rows of a product, a warp has some of the keys    all warps read the queries again for every tile
-//   v3 a warp has some of the columns (this)    its part of the queries and of the sums stays in registers, a latent is
-//                                               read once for scores and once for sums, the next tile is under way
+//   v1 latent_attention.cu                    8 heads read a tile from shared memory for an FMA each: that is the limit
+//   v2 16 heads are the rows of a product,    every warp reads all queries again for every tile
+//      a warp has some of a tile's keys
+//   v3 a warp has some columns (this)         its part of the queries and of the sums stays in registers, a latent is
+//                                             read once for scores and once for sums, the next tile is under way
 //
-// A block is a query, up to 16 of its heads, and a part of its keys. Warps take turns at groups of 32 columns: for the
-// sum behind a score each has its own, what they found meets in shared memory, every warp adds it up in the same order
-// and has all scores in the layout of c, which is that of operand a of its own columns of the sums. A row of shared
-// memory is 16 bytes too long, against bank conflicts: see attention_tensor.cu.
+// A block is a query, up to 16 of its heads, and a part of its keys. Warps take turns at groups of 32 columns. Of a score
+// each warp has the sum over its own columns; these meet in shared memory, where every warp adds them up in the same
+// order. Then it has all scores in the layout of c, which is that of operand a for its own columns of the sums. A row of
+// shared memory is 16 bytes too long, against bank conflicts: see attention_tensor.cu.
 //
-// A key costs D floats out of L2, whatever the heads, and 2 (D + kv_rank) flops a head. With 16 heads and 512 + 64
-// columns that is 2304 bytes for 34816 flops: in TF32 L2 is the limit.
+// A key costs D floats out of L2, whatever the heads, and 2 (D + kv_rank) flops a head: with 16 heads and 512 + 64
+// columns 2304 bytes and 34816 flops. In TF32 L2 is the limit, in 3xTF32 tensor cores are.
 //
-// Keys behind the end are zeros with weight 0. All rows of a block have the same keys, so no later one is ever read.
+// Keys behind the end are zeros with weight 0. All rows of a block have the same keys: no later one is ever read.
 
 template <int WIDTH> constexpr int ROW = WIDTH / 4 + 1;  // of shared memory, in chunks of 16 bytes
 // groups of 32 columns that one of so many warps has at most, and its group i
 template <int COLUMNS, int WARPS> constexpr int GROUPS = (COLUMNS / 32 + WARPS - 1) / WARPS;
 template <int WARPS> __device__ __forceinline__ int group_of_warp(int i) { return threadIdx.x / WARP + i * WARPS; }
 
-// KEYS rows (D) of latent on their way to a tile, zeros behind D and where there is none. Lane i knows the row of key i,
-// or -1
+// KEYS rows (D) of latent on their way to a tile, zeros behind D and where there is none. Lane i knows the row of key
+// i, or -1
 template <int WIDTH, int KEYS, int WARPS>
 __device__ __forceinline__ void fetch_latents(Pack<4>* tile, const float* latent, int row_of_lane, int D, bool packed) {
     const int lane = threadIdx.x % WARP;
@@ -102,8 +103,8 @@ __device__ __forceinline__ void add_latents(float (&sums)[OWN][4][4], const floa
     }
 }
 
-// scores p -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed under an earlier top
-// shrinks. total is of this lane's keys
+// scores p -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed under an earlier
+// top shrinks. total is of this lane's keys
 template <int N, int OWN>
 __device__ __forceinline__ void online_softmax(float (&p)[N][4], float (&top)[2], float (&total)[2],
                                                float (&sums)[OWN][4][4], float scale) {
@@ -240,42 +241,40 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
 // its sums to part_sums (parts,n,NH,kv_rank), its largest score and sum of exponentials to part_softmax
 // (parts,n,NH,2). D up to 128
 extern "C" __global__ void __launch_bounds__(128, 2) DYNAMIC_SHARED(41984)
-latent_attention_tf32_128_kernel(float* __restrict__ out, float* __restrict__ part_sums,
-                                 float* __restrict__ part_softmax, const float* __restrict__ qlat,
-                                 const float* __restrict__ latent, const int* __restrict__ index,
-                                 const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
-                                 int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<false, 128, 128, 32, 4>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
-                                                  kv_rank, D, heads, K, share, start));)
+latent_attention_tf32_kernel(float* __restrict__ out, float* __restrict__ part_sums, float* __restrict__ part_softmax,
+                             const float* __restrict__ qlat, const float* __restrict__ latent,
+                             const int* __restrict__ index, const int* __restrict__ count, float scale, int NH,
+                             int kv_rank, int D, int heads, int K, int share, int start) {
+    FOR_TENSOR_CORES((attend<false, 128, 128, 32, 4>(out, part_sums, part_softmax, qlat, latent, index, count, scale,
+                                                    NH, kv_rank, D, heads, K, share, start));)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) DYNAMIC_SHARED(41984)
-latent_attention_3xtf32_128_kernel(float* __restrict__ out, float* __restrict__ part_sums,
-                                   float* __restrict__ part_softmax, const float* __restrict__ qlat,
-                                   const float* __restrict__ latent, const int* __restrict__ index,
-                                   const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
-                                   int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<true, 128, 128, 32, 4>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
-                                                 kv_rank, D, heads, K, share, start));)
+latent_attention_3xtf32_kernel(float* __restrict__ out, float* __restrict__ part_sums, float* __restrict__ part_softmax,
+                               const float* __restrict__ qlat, const float* __restrict__ latent,
+                               const int* __restrict__ index, const int* __restrict__ count, float scale, int NH,
+                               int kv_rank, int D, int heads, int K, int share, int start) {
+    FOR_TENSOR_CORES((attend<true, 128, 128, 32, 4>(out, part_sums, part_softmax, qlat, latent, index, count, scale,
+                                                    NH, kv_rank, D, heads, K, share, start));)
 }
 
-// the same for D up to 576, kv_rank up to 512
+// the same for wider latents, D up to 576, kv_rank up to 512
 extern "C" __global__ void __launch_bounds__(192, 2) DYNAMIC_SHARED(80384)
-latent_attention_tf32_576_kernel(float* __restrict__ out, float* __restrict__ part_sums,
-                                 float* __restrict__ part_softmax, const float* __restrict__ qlat,
-                                 const float* __restrict__ latent, const int* __restrict__ index,
-                                 const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
-                                 int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<false, 576, 512, 16, 6>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
-                                                  kv_rank, D, heads, K, share, start));)
+latent_attention_wide_tf32_kernel(float* __restrict__ out, float* __restrict__ part_sums,
+                                  float* __restrict__ part_softmax, const float* __restrict__ qlat,
+                                  const float* __restrict__ latent, const int* __restrict__ index,
+                                  const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
+                                  int K, int share, int start) {
+    FOR_TENSOR_CORES((attend<false, 576, 512, 16, 6>(out, part_sums, part_softmax, qlat, latent, index, count, scale,
+                                                    NH, kv_rank, D, heads, K, share, start));)
 }
 
 extern "C" __global__ void __launch_bounds__(192, 2) DYNAMIC_SHARED(80384)
-latent_attention_3xtf32_576_kernel(float* __restrict__ out, float* __restrict__ part_sums,
-                                   float* __restrict__ part_softmax, const float* __restrict__ qlat,
-                                   const float* __restrict__ latent, const int* __restrict__ index,
-                                   const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
-                                   int K, int share, int start) {
-    FOR_TENSOR_CORES((attend<true, 576, 512, 16, 6>(out, part_sums, part_softmax, qlat, latent, index, count, scale, NH,
-                                                 kv_rank, D, heads, K, share, start));)
+latent_attention_wide_3xtf32_kernel(float* __restrict__ out, float* __restrict__ part_sums,
+                                    float* __restrict__ part_softmax, const float* __restrict__ qlat,
+                                    const float* __restrict__ latent, const int* __restrict__ index,
+                                    const int* __restrict__ count, float scale, int NH, int kv_rank, int D, int heads,
+                                    int K, int share, int start) {
+    FOR_TENSOR_CORES((attend<true, 576, 512, 16, 6>(out, part_sums, part_softmax, qlat, latent, index, count, scale,
+                                                    NH, kv_rank, D, heads, K, share, start));)
 }
