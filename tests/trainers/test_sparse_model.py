@@ -309,7 +309,7 @@ def test_a_prompt_with_dense_attention_takes_the_cheaper_form(kv_rank, expands):
     model.forward(inputs)
     expected = model.acts.logits[:, : config.V].copy()
     taken.clear()
-    prompt, rest = model.extend(inputs[0, :n], 0), model.extend(inputs[0, n:], n)
+    prompt, rest = model.extend(inputs[0, :n], 0).copy(), model.extend(inputs[0, n:], n)
     absorbed = ["latent_attention_forward"] * config.L
     assert taken == (["attention_forward"] * config.L if expands else absorbed) + absorbed
     assert np.abs(np.stack([prompt, rest]) - expected[[n - 1, T - 1]]).max() < 1e-12
