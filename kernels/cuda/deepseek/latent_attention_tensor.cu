@@ -156,7 +156,7 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
         return lane >= KEYS || at >= end ? -1 : K > 0 ? index[at] : at;
     };
 
-    fetch_latents<WIDTH, KEYS, WARPS>(shared, latent, row_of_lane(begin), D, packed);
+    if (begin < end) { fetch_latents<WIDTH, KEYS, WARPS>(shared, latent, row_of_lane(begin), D, packed); }
     commit_copies();
     int ahead = row_of_lane(begin + KEYS);  // rows of the next tile, so that no copy waits for the list
     Rows<32 * GROUPS<WIDTH, WARPS>, 1, false> queries(nullptr);
