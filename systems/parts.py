@@ -102,15 +102,9 @@ class Latents(Attention):
 class AbsorbedLatents(Latents):
     """MLA for decoding: queries and outputs live in the keys' latent space, and a position keeps kv_rank + R values.
 
-    A key costs a head 2 kv_rank + R multiplications there, and 2 hs where heads have keys and values of their own. A
-    prompt that sees itself alone has the same products with kvbw in both forms, so with dense attention it goes the
-    cheaper way. A list of keys is taken from the latents: k rows of kv_rank + R values in place of 2C.
+    A prompt, which sees itself alone, has the same products with kvbw in both forms; where the rest is less work, its
+    heads have keys and values of their own.
     """
-
-    def __init__(self, *part):
-        super().__init__(*part)
-        c = self.config
-        self.prompts_expand = 2 * c.kv_rank + c.R > 2 * c.C // c.NH
 
     def kept(self) -> dict:
         return dict(latent=self.config.kv_rank + self.config.R)
@@ -118,18 +112,27 @@ class AbsorbedLatents(Latents):
     def shapes(self, B: int, T: int) -> dict:
         c, N = self.config, B * T
         absorbed = dict(qlat=(N, c.NH, c.kv_rank + c.R), olat=(N, c.NH, c.kv_rank))
-        return super().shapes(B, T) | absorbed | (dict(qkv=(B, T, 3 * c.C)) if self.prompts_expand else {})
+        return super().shapes(B, T) | absorbed | dict(qkv=(B, T, 3 * c.C))
 
     def forward(self, l: int, a, start: int = 0):
         """The rows from `start` of a.latent (1,start+T,kv_rank+R), of a.ln1 (T,C)."""
         self.latents(l, a)
         self.ops.mla_latent(a.latent[0], a.kvn, a.kva, start)
 
+    def expands(self, l: int, n: int, dense: bool) -> bool:
+        """Whether a prompt of n tokens is expanded, by a head's multiplications.
+
+        2 hs with every key up to the query, as tiles have them whatever is selected; 2 kv_rank + R with those that are.
+        """
+        c, k = self.config, n if dense else min(self.sparsity.k[l], n)
+        selected = k * (k + 1) // 2 + (n - k) * k
+        return n * (n + 1) // 2 * 2 * (c.C // c.NH) < selected * (2 * c.kv_rank + c.R)
+
     def attend(self, l: int, a, start: int, dense: bool):
         """a.atty (T,C): what the queries from `start` on see of all keys, or of those selected."""
-        if dense and start == 0 and self.prompts_expand:
+        if start == 0 and self.expands(l, len(a.q), dense):
             self.expand(l, a, 0)
-            return super().attend(l, a, 0, True)
+            return super().attend(l, a, 0, dense)
         ops, c, kvbw = self.ops, self.config, self.params.kvbw[l]
         index, count = (None, None) if dense else (a.index, a.count)
         ops.mla_absorb(a.qlat, a.q, kvbw, c.NH, c.R, start)
