@@ -81,8 +81,8 @@ __device__ __forceinline__ void add_scores(float (&sums)[2][N][4],
 }
 
 // sums (16 heads, this warp's columns) += weights (16 heads, 8N keys) times latents
-template <bool EXACT, int WIDTH, int WARPS, int N, int OWN>
-__device__ __forceinline__ void add_latents(float (&sums)[OWN][4][4], const float (&weights)[N][4],
+template <bool EXACT, int WIDTH, int WARPS, int OWN, int N>
+__device__ __forceinline__ void add_latents(float (&sums)[OWN * 4][4], const float (&weights)[N][4],
                                             const Pack<4>* tile, int kv_rank) {
     const Pack<4>* mine = tile + threadIdx.x % 4 * 2 * ROW<WIDTH> + threadIdx.x % WARP / 4;
 #pragma unroll
@@ -97,39 +97,9 @@ __device__ __forceinline__ void add_latents(float (&sums)[OWN][4][4], const floa
             const Pack<4> x = mine[n * 8 * ROW<WIDTH> + 8 * group], y = mine[(n * 8 + 1) * ROW<WIDTH> + 8 * group];
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                mma<EXACT>(sums[i][c], a, split_tf32<EXACT>(x.at[c]), split_tf32<EXACT>(y.at[c]));
+                mma<EXACT>(sums[4 * i + c], a, split_tf32<EXACT>(x.at[c]), split_tf32<EXACT>(y.at[c]));
             }
         }
-    }
-}
-
-// scores p -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed under an earlier
-// top shrinks. total is of this lane's keys
-template <int N, int OWN>
-__device__ __forceinline__ void online_softmax(float (&p)[N][4], float (&top)[2], float (&total)[2],
-                                               float (&sums)[OWN][4][4], float scale) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float largest = MINUS_INFINITY;
-#pragma unroll
-        for (int n = 0; n < N; n++) { largest = fmaxf(largest, fmaxf(p[n][2 * half], p[n][2 * half + 1])); }
-        const float before = top[half], now = fmaxf(before, group_max<4>(largest) * scale);
-        const float shrink = exp2f(before - now);  // a tile has a key: now is not -inf
-        float added = 0.0f;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; i++) {
-                p[n][i] = exp2f(p[n][i] * scale - now);
-                added += p[n][i];
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < OWN * 4; i++) {
-            sums[i / 4][i % 4][2 * half] *= shrink, sums[i / 4][i % 4][2 * half + 1] *= shrink;
-        }
-        total[half] = total[half] * shrink + added;
-        top[half] = now;
     }
 }
 
@@ -170,12 +140,8 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
             put_chunks<EXACT>(queries, 0, 2 * i + pair, low, high);
         }
     }
-    float sums[OWN][4][4], top[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
-#pragma unroll
-    for (int i = 0; i < OWN; i++) {
-#pragma unroll
-        for (int j = 0; j < 16; j++) { sums[i][j / 4][j % 4] = 0.0f; }
-    }
+    float sums[1][OWN * 4][4], top[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0.0f, 0.0f};
+    clear(sums);
 
     Pack<4>* const scores = shared + 2 * TILE;
     int stage = 0;
@@ -210,8 +176,8 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
                 p[0][n][i] = first + 8 * n + 2 * t + i % 2 < end ? score.at[i] : MINUS_INFINITY;
             }
         }
-        online_softmax(p[0], top, total, sums, scale);
-        add_latents<EXACT, WIDTH, WARPS>(sums, p[0], now, kv_rank);
+        online_softmax<KEYS, 32 * OWN>(p[0], top, total, sums[0], scale);
+        add_latents<EXACT, WIDTH, WARPS, OWN>(sums[0], p[0], now, kv_rank);
     }
 
     const bool whole = gridDim.z == 1;
@@ -232,7 +198,10 @@ __device__ __forceinline__ void attend(float* out, float* part_sums, float* part
     for (int i = 0; i < OWN; i++) {
         const int column = 32 * group_of_warp<WARPS>(i);
         if (column >= kv_rank) { break; }
-        store_rows<32>(to + column, kv_rank, heads, kv_rank - column, sums[i], factor, packed_sums);
+        float of_group[4][4];
+#pragma unroll
+        for (int j = 0; j < 16; j++) { of_group[j / 4][j % 4] = sums[0][4 * i + j / 4][j % 4]; }
+        store_rows<32>(to + column, kv_rank, heads, kv_rank - column, of_group, factor, packed_sums);
     }
 }
 

@@ -160,8 +160,77 @@ ROWS_OF_TABLE = [
     Row("sparse_attention_forward_64_kernel", "0", "4*N*C + N*NH + N*k", "2*N*C*(k + 1) + N*NH + N*k", "4*N*k*C"),
     Row("sparse_attention_dq_64_kernel", "0", "5*N*C + 2*N*NH + N*k", "N*C*(2*k + 3) + 2*N*NH + N*k", "6*N*k*C"),
     Row("sparse_attention_dkdv_64_kernel", "0", "6*N*C + 2*N*NH + N*k", "N*C*(2*k + 4) + 2*N*NH*k + N*k", "8*N*k*C"),
+    Row("selected_bits_kernel", "0", "N*k + N*T/32", "", "0"),
+    Row("union_keys_kernel", "0", "N*T/32 + 3*u*N*T/128", "N*T/16 + 3*u*N*T/128", "0"),
+    Row("key_classes_kernel", "0", "N*T/32 + N", "", "0"),
+    Row("key_order_kernel", "0", "2*N", "3*N", "0"),
+    Row("union_queries_kernel", "0", "N*T/32 + 3*uq*N*T/128 + N", "", "0"),
     Row("attention_mean_kernel", "0", "2*N*C + N*NH + N*T", "N*C*(T/64 + 1) + N*NH*T/64 + N*T", "N*C*(T + 1)"),
     Row("sparse_attention_mean_kernel", "0", "2*N*C + N*NH + 2*N*k", "N*C*(k + 1) + 2*N*k", "2*N*k*C"),
+    Row(
+        "union_forward_3xtf32_64_kernel",
+        "0",
+        "4*N*C + N*NH + 3*u*N*T/128",
+        "2*N*C + u*N*C*T/64 + N*NH + 3*u*N*T/128*NH",
+        "2*u*N*C*(T + 1)",
+        3,
+    ),
+    Row(
+        "union_dq_3xtf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH + 3*u*N*T/128",
+        "4*N*C + u*N*C*T/64 + 2*N*NH + 3*u*N*T/128*NH",
+        "3*u*N*C*(T + 1) + 2*N*C",
+        3,
+    ),
+    Row(
+        "union_dkdv_3xtf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH + 3*uq*N*T/128",
+        "4*N*C + uq*N*C*T/64 + 5*uq*N*T/128*NH",
+        "4*uq*N*C*(T + 1)",
+        3,
+    ),
+    Row(
+        "union_mean_3xtf32_kernel",
+        "0",
+        "2*N*C + N*NH + 2*N*k + 3*u*N*T/128",
+        "u*N*C*T/64 + 2*N*k + 3*u*N*T/128",
+        "u*N*C*(T + 1)",
+        3,
+    ),
+    Row(
+        "union_forward_tf32_64_kernel",
+        "0",
+        "4*N*C + N*NH + 3*u*N*T/128",
+        "2*N*C + u*N*C*T/64 + N*NH + 3*u*N*T/128*NH",
+        "2*u*N*C*(T + 1)",
+        1,
+    ),
+    Row(
+        "union_dq_tf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH + 3*u*N*T/128",
+        "4*N*C + u*N*C*T/64 + 2*N*NH + 3*u*N*T/128*NH",
+        "3*u*N*C*(T + 1) + 2*N*C",
+        1,
+    ),
+    Row(
+        "union_dkdv_tf32_64_kernel",
+        "0",
+        "6*N*C + 2*N*NH + 3*uq*N*T/128",
+        "4*N*C + uq*N*C*T/64 + 5*uq*N*T/128*NH",
+        "4*uq*N*C*(T + 1)",
+        1,
+    ),
+    Row(
+        "union_mean_tf32_kernel",
+        "0",
+        "2*N*C + N*NH + 2*N*k + 3*u*N*T/128",
+        "u*N*C*T/64 + 2*N*k + 3*u*N*T/128",
+        "u*N*C*(T + 1)",
+        1,
+    ),
     Row(
         "indexer_scores_forward_kernel",
         "0",
@@ -299,6 +368,8 @@ def sizes(
     names = dict(B=B, T=T, N=B * T, C=C, C9=9 * C, L=L, NH=NH, V=V, Vp=Vp, P=P, w=w, K=band_count(4 * C, C, w), min=min)
     names |= dict(r=192, R=32, D=192 + 32)  # latent attention: kv_rank, rotary dimensions, both
     names["k"] = 128  # keys in a list of sparse attention
+    # of all pairs up to the diagonal, those in tiles of 64 queries, of 64 keys, with such lists: trained at T = 1024
+    names |= dict(u=0.73, uq=0.91)
     names |= dict(HI=4, dI=64)  # the indexer's heads and their size
     names |= dict(E=4, A=2 * B * T)  # experts, and assignments of tokens to them, two each
     names["Dp"] = 4  # platters of a head
