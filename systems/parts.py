@@ -79,6 +79,10 @@ class Latents(Attention):
     def forward(self, l: int, a, start: int = 0):
         """The rows from `start` of a.qkv (B,start+T,3C), of a.ln1 (N,C)."""
         self.latents(l, a)
+        self.expand(l, a, start)
+
+    def expand(self, l: int, a, start: int):
+        """The rows from `start` of a.qkv, of a.q, a.kvn and a.kva."""
         self.ops.matmul_forward(a.kv, a.kvn, self.params.kvbw[l])
         self.ops.mla_qkv_forward(a.qkv[:, start:], a.q, a.kv, a.kva, self.config.NH, self.config.R, start)
 
@@ -96,22 +100,39 @@ class Latents(Attention):
 
 
 class AbsorbedLatents(Latents):
-    """MLA for decoding: queries and outputs live in the keys' latent space, and a position keeps kv_rank + R values."""
+    """MLA for decoding: queries and outputs live in the keys' latent space, and a position keeps kv_rank + R values.
+
+    A prompt, which sees itself alone, has the same products with kvbw in both forms; where the rest is less work, its
+    heads have keys and values of their own.
+    """
 
     def kept(self) -> dict:
         return dict(latent=self.config.kv_rank + self.config.R)
 
     def shapes(self, B: int, T: int) -> dict:
         c, N = self.config, B * T
-        return super().shapes(B, T) | dict(qlat=(N, c.NH, c.kv_rank + c.R), olat=(N, c.NH, c.kv_rank))
+        absorbed = dict(qlat=(N, c.NH, c.kv_rank + c.R), olat=(N, c.NH, c.kv_rank))
+        return super().shapes(B, T) | absorbed | dict(qkv=(B, T, 3 * c.C))
 
     def forward(self, l: int, a, start: int = 0):
         """The rows from `start` of a.latent (1,start+T,kv_rank+R), of a.ln1 (T,C)."""
         self.latents(l, a)
         self.ops.mla_latent(a.latent[0], a.kvn, a.kva, start)
 
+    def expands(self, l: int, n: int, dense: bool) -> bool:
+        """Whether a prompt of n tokens is expanded, by a head's multiplications.
+
+        2 hs with every key up to the query, as tiles have them whatever is selected; 2 kv_rank + R with those that are.
+        """
+        c, k = self.config, n if dense else min(self.sparsity.k[l], n)
+        selected = k * (k + 1) // 2 + (n - k) * k
+        return n * (n + 1) // 2 * 2 * (c.C // c.NH) < selected * (2 * c.kv_rank + c.R)
+
     def attend(self, l: int, a, start: int, dense: bool):
         """a.atty (T,C): what the queries from `start` on see of all keys, or of those selected."""
+        if start == 0 and self.expands(l, len(a.q), dense):
+            self.expand(l, a, 0)
+            return super().attend(l, a, 0, dense)
         ops, c, kvbw = self.ops, self.config, self.params.kvbw[l]
         index, count = (None, None) if dense else (a.index, a.count)
         ops.mla_absorb(a.qlat, a.q, kvbw, c.NH, c.R, start)

@@ -10,6 +10,7 @@ from check_op import nan, place, relative, rounded
 from cuda_emulator.runtime import EmulatedRuntime
 
 from kernels import cpu, cuda
+from kernels.cuda.deepseek.latent_attention import latent_trial
 from kernels.cuda.gpt2.attention import attention_trial
 from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import CudaError
@@ -17,7 +18,7 @@ from kernels.cuda.runtime.tensor_cores import MOST, product_trial, takes_tensor_
 from kernels.cuda.sparse import sparse_attention
 from kernels.cuda.sparse.sparse_attention import union_trial
 
-pytestmark = pytest.mark.launches("gpt2", "band", "sparse")
+pytestmark = pytest.mark.launches("gpt2", "band", "sparse", "deepseek")
 
 
 def emulated(tf32=False, **options) -> EmulatedRuntime:
@@ -174,6 +175,28 @@ def test_an_indexer_that_is_wrong_is_not_used(name, right, wrong, result, tmp_pa
     assert said.count("\n") == 1 and f"are not used, the indexer's {result} is off by" in said
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("D", [20, 19, 132])
+def test_latents_have_a_trial_of_their_own(D, tf32, tmp_path, capfd):
+    """Passed, and its kernel is taken; with a list that begins a tile late, said once and not taken."""
+    right, wrong = "ahead = row_of_lane(first + 2 * KEYS);", "ahead = row_of_lane(first + 3 * KEYS);"
+    qlat, latent, expected = rounded(2, 3, D), rounded(80, D), np.empty((2, 3, D - 4))
+    cpu.latent_attention_forward(expected, qlat, latent, None, None, 0.3, 78)
+    names = []
+    for folders in ((source.FOLDER,), planted(tmp_path, "latent_attention_tensor.cu", (right, wrong))):
+        runtime = emulated(tf32, folders=folders)
+        for _ in range(2):
+            out = place(runtime, nan(2, 3, D - 4), 0)
+            given = place(runtime, qlat, 0), place(runtime, latent, 0)
+            cuda.device(runtime).latent_attention_forward(out, *given, None, None, 0.3, 78)
+            assert relative(runtime.to_host(out), expected) <= (1.5e-3 if tf32 else 5e-6)
+        names += runtime.launched[-1:]
+    wide = "wide_" if D > 128 else ""
+    assert names == [f"latent_attention_{wide}{'tf32' if tf32 else '3xtf32'}_kernel", "latent_attention_kernel"]
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "are not used, attention to latents by position is off by" in said
+
+
 def every_third_key(T, K, start) -> tuple[np.ndarray, np.ndarray]:
     """index (1,T-start,K), count (1,T-start): back from the query."""
     index, count = np.full((1, T - start, K), -1, np.int32), np.empty((1, T - start), np.int32)
@@ -274,7 +297,11 @@ def kind(request):
 @pytest.mark.parametrize("tf32", [False, True], ids=["3xtf32", "tf32"])
 @pytest.mark.parametrize(
     "trial, sizes",
-    [(product_trial, ()), *((trial, (hs,)) for trial in (attention_trial, union_trial) for hs in (64, 63, 128, 127))],
+    [
+        (product_trial, ()),
+        *((trial, (hs,)) for trial in (attention_trial, union_trial) for hs in (64, 63, 128, 127)),
+        *((latent_trial, (D,)) for D in (128, 127, 576, 575)),
+    ],
 )
 def test_the_trials_are_passed(kind, trial, sizes, tf32):
     """With the errors of products whose operands were rounded, or were not: every kernel for tensor cores there is."""

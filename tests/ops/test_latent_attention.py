@@ -90,7 +90,7 @@ def test_sizes_that_a_kernel_cannot_hold_are_refused(emulator):
 def test_parts_of_keys_depend_on_sizes_alone():
     """A kernel for every size that is not refused, and its shared memory within what a block may have."""
     for kv_rank, R, expected in ((1, 2, 0), (64, 16, 0), (256, 32, 0), (320, 8, 1), (512, 64, 1), (512, 220, 1)):
-        kernel, keys, shared_mem = latent_attention._kernel(kv_rank, kv_rank + R)
+        kernel, _, keys, _, shared_mem = latent_attention._tile(kv_rank, kv_rank + R)
         assert kernel == list(latent_attention.TILES)[expected] and keys == (32, 8)[expected]
         assert shared_mem + 4 * 8 * (keys + 2) <= 48 << 10
         assert shared_mem // (8 + keys) // 16 % 2 == 1  # float4s of a row: odd, against bank conflicts

@@ -101,6 +101,24 @@ def test_a_layer_scores_and_selects_in_two_launches(capability, kind, memory, bl
     assert launched == blocks * [f"indexer_scores_forward{kind}_kernel", "select_topk_kernel"]
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_extend_on_tensor_cores_gives_the_logits_of_the_cpu(dense):
+    """A prompt, a token, several tokens: lists are taken from latents, of a dense prompt keys are expanded."""
+    config, sparsity = replace(CONFIGS["mla"], maxT=24), SPARSE["top-k"]
+    runtime = EmulatedRuntime("check", schedule="random", seed=3, capability=(9, 0))
+    reference, inputs = tiny_model(config, sparsity, 1, 24), batch(config, 1, 24)[0][0]
+    ours = tiny_model(config, sparsity, 1, 24, np.float32, device=cuda.device(runtime))
+    launched, launch = set(), runtime.launch
+    runtime.launch = lambda kernel, *rest, **more: (launched.add(kernel), launch(kernel, *rest, **more))
+    many = {f"{op}_3xtf32_kernel" for op in ("mla_absorb", "mla_expand")}
+    for start, stop, products in ((0, 12, set() if dense else many), (12, 13, set()), (13, 24, many)):
+        launched.clear()
+        expected, found = (model.extend(inputs[start:stop], start, dense) for model in (reference, ours))
+        assert np.abs(found - expected).max() <= TOL * np.abs(expected).max()
+        assert launched & many == products
+        assert ("latent_attention_3xtf32_kernel" in launched) == (not dense or start > 0)
+
+
 def test_model_is_causal_bit_for_bit(checking):
     model = tiny_model(CONFIGS["mla+moe"], replace(SPARSE["prefix"]), 2, 12, np.float32)
     ours = train_sparse_attn.GPT2(cuda.device(checking), model.config, model.sparsity, model.params_flat, 2, 12)

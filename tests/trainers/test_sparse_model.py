@@ -297,6 +297,26 @@ def test_extend_gives_the_logits_of_forward(config, kind):
             assert np.abs(logits - expected[start - 1]).max() < 1e-12
 
 
+@pytest.mark.parametrize("kv_rank, kind, expands", [
+    (6, "dense", [1, 1]), (3, "dense", [0, 0]), (6, "recency", [1, 1]), (5, "recency", [0, 1]), (3, "recency", [0, 0]),
+])  # fmt: skip
+def test_a_prompt_takes_the_cheaper_form(kv_rank, kind, expands):
+    """With heads of 4, 2 hs = 8 multiplications for each of 28 pairs, against 2 kv_rank + R = 14, 12, 8 for those that
+    are selected: 28, or 18 in layer 0 and 22 in layer 1. What follows the prompt is absorbed, and sees the same."""
+    T, n, config = 12, 7, replace(MLA, kv_rank=kv_rank)
+    sparsity = replace(SPARSE["recency"], attention="dense") if kind == "dense" else SPARSE[kind]
+    taken, device = [], SimpleNamespace(**vars(IN_FLOAT64))
+    for op in ("attention_forward", "sparse_attention_forward", "latent_attention_forward"):
+        setattr(device, op, lambda *args, op=op: (taken.append(op), getattr(cpu, op)(*args)))
+    model, (inputs, _) = tiny_model(config, sparsity, 1, T, device=device), batch(config, 1, T)
+    model.forward(inputs)
+    expected = model.acts.logits[:, : config.V].copy()
+    taken.clear()
+    prompt, rest = model.extend(inputs[0, :n], 0).copy(), model.extend(inputs[0, n:], n)
+    assert [not op.startswith("latent") for op in taken] == [*expands, 0, 0]
+    assert np.abs(np.stack([prompt, rest]) - expected[[n - 1, T - 1]]).max() < 1e-12
+
+
 def test_extend_forgets_nothing_it_needs_when_it_starts_again():
     """A second text in the same decoder gives the bits of a fresh one."""
     (first, second), used = batch(GPT2, 2, 12)[0], tiny_model(GPT2, SPARSE["prefix"], 1, 12, np.float32)

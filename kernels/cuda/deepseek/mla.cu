@@ -145,12 +145,7 @@ mla_latent_kernel(float* __restrict__ latent, const float* __restrict__ normed, 
     normed += (size_t)blockIdx.x * kv_rank;
     kva += (size_t)blockIdx.x * (kv_rank + R);
     for (int column = threadIdx.x; column < kv_rank; column += blockDim.x) { latent[column] = normed[column]; }
-    for (int pair = threadIdx.x; pair < R / 2; pair += blockDim.x) {
-        const Rotation r = rotation(position, pair, R);
-        const int column = kv_rank + 2 * pair;
-        latent[column] = kva[column] * r.cosine - kva[column + 1] * r.sine;
-        latent[column + 1] = kva[column] * r.sine + kva[column + 1] * r.cosine;
-    }
+    turn_rows(latent + kv_rank, 0, kva + kv_rank, 0, 1, R, position);
 }
 
 // qlat (n,NH,kv_rank+R) = [q plain of head h times W^UK_h ; RoPE(q rest)] from q (n,C) and kvbw, where W^UK_h
@@ -196,15 +191,7 @@ mla_absorb_kernel(float* __restrict__ qlat, const float* __restrict__ q, const f
     }
 
     if (blockIdx.z > 0) { return; }
-    for (int i = threadIdx.x; i < queries * (R / 2); i += blockDim.x) {
-        const int query = i / (R / 2);
-        const int pair = i - query * (R / 2);
-        const Rotation r = rotation(start + first + query, pair, R);
-        const float* x = head + (size_t)query * NH * hs + plain + 2 * pair;
-        float* turned = out + (size_t)query * NH * (kv_rank + R) + kv_rank + 2 * pair;
-        turned[0] = x[0] * r.cosine - x[1] * r.sine;
-        turned[1] = x[0] * r.sine + x[1] * r.cosine;
-    }
+    turn_rows(out + kv_rank, (size_t)NH * (kv_rank + R), head + plain, (size_t)NH * hs, queries, R, start + first);
 }
 
 template <int W>

@@ -1,5 +1,7 @@
-"""Launchers of mla.cu."""
+"""Launchers of mla.cu, and for many queries on GPUs with tensor cores those of mla_tensor.cu."""
 
+from kernels.cuda.deepseek.mla_tensor import tensor_absorb, tensor_expand
+from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, threads_for
 
 QUERIES = 8  # queries that share a load of the weight in mla_absorb and mla_expand
@@ -30,6 +32,9 @@ def mla_latent(cuda, latent, normed, kva, start=0):
 def mla_absorb(cuda, qlat, q, kvbw, NH, R, start=0):
     """As kernels.cpu.deepseek.mla.mla_absorb."""
     (n, C), kv_rank = q.shape, kvbw.shape[1]
+    if products := _products(cuda, n):
+        tensor_absorb(cuda, products, qlat, q, kvbw, NH, R, start)
+        return
     hs = C // NH
     grid = (NH, ceil_div(n, QUERIES), ceil_div(kv_rank, ABSORB_THREADS))
     args = (qlat, q, kvbw, n, NH, hs, R, kv_rank, start)
@@ -39,6 +44,14 @@ def mla_absorb(cuda, qlat, q, kvbw, NH, R, start=0):
 def mla_expand(cuda, out, olat, kvbw, NH, R):
     """As kernels.cpu.deepseek.mla.mla_expand."""
     (n, C), kv_rank = out.shape, kvbw.shape[1]
+    if products := _products(cuda, n):
+        tensor_expand(cuda, products, out, olat, kvbw, NH, R)
+        return
     hs = C // NH
     grid = (NH, ceil_div(n, QUERIES), ceil_div(hs, THREADS // WARP))
     cuda.launch("mla_expand_kernel", grid, THREADS, (out, olat, kvbw, n, NH, hs, R, kv_rank))
+
+
+def _products(cuda, n: int) -> str | None:
+    """How tensor cores multiply for n queries; None for so few that one read of the weight serves all of them."""
+    return tensor_products(cuda) if n > QUERIES else None

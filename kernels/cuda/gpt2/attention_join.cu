@@ -10,11 +10,13 @@ attention_join_kernel(float* __restrict__ out, float* __restrict__ lse, const fl
                       const float* __restrict__ part_softmax, int rows, int columns, int parts, int NH, int n) {
     const size_t row = blockIdx.x;
     float top = MINUS_INFINITY;
+#pragma unroll 8  // loads in flight: a single query has few rows, and up to 128 parts of them
     for (int part = 0; part < parts; part++) { top = fmaxf(top, part_softmax[2 * ((size_t)part * rows + row)]); }
     float total = 0.0f;
     for (int column = threadIdx.x; column < columns; column += blockDim.x) {
         float result = 0.0f;
         total = 0.0f;
+#pragma unroll 8
         for (int part = 0; part < parts; part++) {
             const size_t at = (size_t)part * rows + row;
             const float weight = exp2f(part_softmax[2 * at] - top);

@@ -64,5 +64,5 @@ matmul_join_kernel(float* __restrict__ dweight, const float* __restrict__ parts,
         using T = Tile<false, false>;
         float total[T::NI][4];
         join_parts<T>(total, parts, count);
-        write_rows<T>(dweight, total, nullptr, beta, blockIdx.z, blockIdx.y * T::ROWS, blockIdx.x * T::COLUMNS, OC, C);)
+        write_rows<T>(dweight, total, nullptr, beta, blockIdx.z, blockIdx.y * T::ROWS, blockIdx.x * T::COLUMNS, OC, C, C);)
 }

@@ -1,5 +1,5 @@
 // attention_mma.cuh: tiles of attention on tensor cores, in front of the files that name it (attention_tensor.cu,
-// union_attention.cu, union_mean.cu)
+// union_attention.cu, union_mean.cu, latent_attention_tensor.cu)
 //
 // What passes a warp's rows: tiles in shared memory on their way from the rows of heads, products of a tile with rows
 // and of weights with a tile, the softmax, and what is not finite in it. Layouts are told in attention_tensor.cu.

@@ -163,6 +163,19 @@ __device__ __forceinline__ void rotate_heads(float* x, Rotation r, int heads, in
     }
 }
 
+// row i of `to` = R columns of row i of `from`, turned as at position first + i; by all threads of a block
+__device__ __forceinline__ void turn_rows(float* to, size_t to_stride, const float* from, size_t from_stride, int rows,
+                                          int R, int first) {
+    for (int i = threadIdx.x; i < rows * (R / 2); i += blockDim.x) {
+        const int row = i / (R / 2), pair = i - row * (R / 2);
+        const Rotation r = rotation(first + row, pair, R);
+        const float* x = from + row * from_stride + 2 * pair;
+        float* turned = to + row * to_stride + 2 * pair;
+        turned[0] = x[0] * r.cosine - x[1] * r.sine;
+        turned[1] = x[0] * r.sine + x[1] * r.cosine;
+    }
+}
+
 // columns start .. stop - 1 of a row of a (rows,columns) weight lie inside the band: kernels/cpu/band/band_mask.py
 struct Band {
     int start, stop;

@@ -1,5 +1,5 @@
 // gemm_mma.cuh: one tile of a matrix product on tensor cores, in front of the files that name it: matmul_tensor.cu,
-// band_matmul_tensor.cu, expert_matmul_tensor.cu
+// band_matmul_tensor.cu, expert_matmul_tensor.cu, mla_tensor.cu
 //
 //   total(m,n) = sum over k of a(m,k) * b(n,k)      m in BM rows, n in BN columns, k in first .. last - 1
 //
@@ -175,11 +175,12 @@ template <int BM, int BN, int WM, int WN, int STAGES, bool EXACT, bool A_ALONG_K
 
 constexpr Band ALL_K = {0, 0x7fffffff};
 
-// out (M,N) = add * out + total + bias, of row group i of the tile whose corner is m0, n0; bias (N) may be null
+// out (M,N) = add * out + total + bias, of row group i of the tile whose corner is m0, n0; rows are ld apart; bias (N)
+// may be null
 template <class Tile, int NI>
 __device__ __forceinline__ void write_rows(float* out, const float (&total)[NI][4], const float* bias, bool add, int i,
-                                           int m0, int n0, int M, int N) {
-    const bool packed = N % 2 == 0 && (size_t)out % 8 == 0;
+                                           int m0, int n0, int M, int N, int ld) {
+    const bool packed = (N | ld) % 2 == 0 && (size_t)out % 8 == 0;
 #pragma unroll
     for (int j = 0; j < NI; j++) {
         const int n = n0 + Tile::column(j, 0);
@@ -190,7 +191,7 @@ __device__ __forceinline__ void write_rows(float* out, const float (&total)[NI][
         for (int l = 0; l < 4; l += 2) {
             const int m = m0 + Tile::row(i, l);
             if (m >= M) { continue; }
-            float* place = out + (size_t)m * N + n;
+            float* place = out + (size_t)m * ld + n;
             Pack<2> x = {total[j][l] + shift.at[0], total[j][l + 1] + shift.at[1]};
             if (add) { x.at[0] += place[0], x.at[1] += place[next]; }
             if (packed) {
@@ -205,9 +206,15 @@ __device__ __forceinline__ void write_rows(float* out, const float (&total)[NI][
 
 template <class Tile, int MI, int NI>
 __device__ __forceinline__ void write_tile(float* out, const float (&total)[MI][NI][4], const float* bias, bool add,
-                                           int m0, int n0, int M, int N) {
+                                           int m0, int n0, int M, int N, int ld) {
 #pragma unroll
-    for (int i = 0; i < MI; i++) { write_rows<Tile>(out, total[i], bias, add, i, m0, n0, M, N); }
+    for (int i = 0; i < MI; i++) { write_rows<Tile>(out, total[i], bias, add, i, m0, n0, M, N, ld); }
+}
+
+template <class Tile, int MI, int NI>
+__device__ __forceinline__ void write_tile(float* out, const float (&total)[MI][NI][4], const float* bias, bool add,
+                                           int m0, int n0, int M, int N) {
+    write_tile<Tile>(out, total, bias, add, m0, n0, M, N, N);
 }
 
 // --- sums in parts ---------------------------------------------------------------------------------------------------

@@ -67,6 +67,13 @@ template <bool EXACT> __device__ __forceinline__ Tf32 operand(float x) {
     return {__float_as_uint(x), 0u};
 }
 
+// what is computed of x will be computed again, not kept in registers from one turn of a loop to the next
+__device__ __forceinline__ void forget([[maybe_unused]] Pack<4>& x) {
+#if TENSOR_CORES
+    asm volatile("" : "+f"(x.at[0]), "+f"(x.at[1]), "+f"(x.at[2]), "+f"(x.at[3]));
+#endif
+}
+
 // two floats as a word of bf16; to nearest, ties to even
 __device__ __forceinline__ unsigned pack_bf16(float even, float odd) {
 #if TENSOR_CORES
