@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from pathlib import Path
 from textwrap import fill
 
+from benchmarks import sparse_cost
 from kernels.cuda.gpt2.attention import ALONE, PASSING
 from kernels.cuda.gpt2.attention_join import split_keys
 from kernels.cuda.runtime.grid import ceil_div
@@ -166,7 +167,8 @@ def text() -> str:
     """What stands between the page's markers."""
     how, products = step_notes()
     attention = "**A layer's attention**, 12 heads of 64, and its [roofline](../kernels/cuda/README.md):"
-    parts = how, step_table(), products, attention, attention_table(), decode_note(), decode_table()
+    parts = how, step_table(), products, attention, attention_table(), *sparse_cost.parts_of_page()
+    parts += decode_note(), decode_table()
     return "".join(f"\n{part if part.startswith('|') else fill(part, 120) + chr(10)}" for part in parts) + "\n"
 
 
