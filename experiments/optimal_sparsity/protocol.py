@@ -137,7 +137,7 @@ The same losses with the published leak, where the first k - 1 queries see the f
 Tests over the keep ratios of a length; seeds are blocks:
 
 {tests}
-With {n} seeds a medium effect (f = 0.25) of {len(keeps)} ratios is found with probability {power:.2f} in a one-way
+With {n} seed{'s' * (n > 1)} a medium effect (f = 0.25) of {len(keeps)} ratios is found with probability {power:.2f} in a one-way
 design, {seeds_needed(0.25, len(keeps))} seeds would find it with 0.8; the blocked test takes the seeds' scatter out.
 
 {table(("question", "found"), questions(found, honest, leaking))}
