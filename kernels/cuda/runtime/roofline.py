@@ -194,6 +194,8 @@ ROWS_OF_TABLE = [
     ),
     Row("random_scores_kernel", "0", "N*T", "", "0"),
     Row("select_topk_kernel", "0", "N*T/2 + N*k + 2*N", "", "0"),
+    Row("share_sums_kernel", "0", "N*T/2 + N*T/Q/2", "", "N*T/2"),
+    Row("share_lists_kernel", "0", "N*T/Q/2 + N*k + N", "", "0"),
     Row("mass_count_kernel", "0", "N*T/2 + N", "", "48*N*T"),
     Row("row_entropy_kernel", "0", "N*T/2 + N", "", "3*N*T"),
     Row("fused_kl_kernel", "0", "3*N*T + N", "", "14*N*T"),
@@ -278,7 +280,7 @@ def sizes(
     P = Vp * C + 1024 * C + L * (12 * C * C + 13 * C) + 2 * C
     names = dict(B=B, T=T, N=B * T, C=C, C9=9 * C, L=L, NH=NH, V=V, Vp=Vp, P=P, w=w, K=band_count(4 * C, C, w), min=min)
     names |= dict(r=192, R=32, D=192 + 32)  # latent attention: kv_rank, rotary dimensions, both
-    names["k"] = 128  # keys in a list of sparse attention
+    names |= dict(k=128, Q=64)  # keys in a list of sparse attention, queries that share one
     names |= dict(HI=4, dI=64)  # the indexer's heads and their size
     names |= dict(E=4, A=2 * B * T)  # experts, and assignments of tokens to them, two each
     names["Dp"] = 4  # platters of a head

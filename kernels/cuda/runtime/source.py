@@ -1,7 +1,8 @@
 """What the .cu files say about themselves: which kernels there are, their parameters, the text to compile.
 
 A file is compiled after common.cuh, gemm_tile.cuh and attention_tile.cuh, whose device functions all share, and after
-topk.cuh, mma.cuh, gemm_mma.cuh and attention_mma.cuh if it names them; nothing is included. Line numbers stay those of the files.
+topk.cuh, mma.cuh, gemm_mma.cuh and attention_mma.cuh if it names them; nothing is included. Line numbers stay those of
+the files.
 """
 
 import re
