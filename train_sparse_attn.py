@@ -40,7 +40,7 @@ from llmc.interrupt import Interrupt
 from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
-from systems.selection import ROWS, add_report_options, measure, report
+from systems.selection import add_report_options, measure, report, rows_at_once
 from systems.sparsity import (
     CONTROLLER,
     SCORED,
@@ -59,7 +59,7 @@ from systems.sparsity import (
 WRITTEN = ("qkvw", "attprojw", "fcw", "fcprojw")  # GPT-2
 WRITTEN += ("qaw", "qbw", "kvaw", "kvbw", "routerw", "expertw", "expertprojw", "headw")  # DeepSeek
 WRITTEN += ("idxqw", "idxkw", "idxww")  # indexer
-SCRATCH = ("btc", "scores", "p", "dense_lse")  # activations that are one buffer for all layers
+SCRATCH = ("btc", "scores", "p", "dense_lse", "sums")  # activations that are one buffer for all layers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -178,8 +178,9 @@ class Selection(Part):
 
     integers = ("keep", "count", "index")
 
-    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part):
+    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part, rows: int):
         super().__init__(ops, config, sparsity, params)
+        self.rows = rows  # of queries whose scores are in memory at a time
         self.indexer, self.seeds = indexer, ops.zeros(config.L, np.int32)  # of the random selector, by layer
 
     def shapes_of(self, l: int, B: int, T: int, keys: int) -> dict:
@@ -191,7 +192,7 @@ class Selection(Part):
                 index=(B, T, min(s.k[l], keys)),  # where they are, then -1
             )
         if s.share > 1:
-            shapes |= dict(sums=(B, tile_sums(ROWS, s.share), keys))  # of the scores of a tile's queries, by tile
+            shapes |= dict(sums=(B, tile_sums(self.rows, s.share), keys))  # of the scores of a tile's queries, by tile
         if s.adaptive == "prefix":
             shapes |= dict(
                 features=(B, T, FEATURES),  # what the tokens up to a query are like
@@ -218,7 +219,7 @@ class Selection(Part):
             ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
         else:
             a.keep.fill(s.k[l])
-        for first, scores in query_blocks(a.scores, B, start, start + T, ROWS):
+        for first, scores in query_blocks(a.scores, B, start, start + T, self.rows):
             self.score(l, a, scores, first, start)
             if s.share > 1:
                 ops.share_topk(a.index, a.count, a.sums, scores, s.k[l], s.share, first, start, int(s.sink))
@@ -280,7 +281,7 @@ class GPT2:
         self.mlp = Experts(*part) if is_moe(config) else MLP(*part)
         kinds = dict(none=NoIndexer, lightning=Lightning, upstream=UpstreamIndexer)
         self.indexer = kinds[sparsity.indexer](*part)
-        self.selection = Selection(*part, self.indexer)
+        self.selection = Selection(*part, self.indexer, rows_at_once(device, B, config.maxT))
         self.parts = self.attention, self.mlp, self.indexer, self.selection
         self.scratch = SCRATCH + self.attention.scratch + self.mlp.scratch
         self.integers = self.mlp.integers + self.selection.integers
@@ -289,7 +290,7 @@ class GPT2:
     def layer_shapes(self, l: int, attention: Part, B: int, T: int, keys: int) -> dict:
         """Layer l's activations for B x T new tokens and so many keys, but for what is kept of every position."""
         N, C, NH = B * T, self.config.C, self.config.NH
-        block = (B * max(min(ROWS, T) * keys, T * min(max(self.sparsity.k), keys)),)
+        block = (B * max(min(self.selection.rows, T) * keys, T * min(max(self.sparsity.k), keys)),)
         shapes = dict(
             ln1=(N, C),
             ln1_mean=(N,),
@@ -314,7 +315,7 @@ class GPT2:
         ops, c, B, T, N = self.ops, self.config, self.B, self.T, self.B * self.T
         kept = {name: (B, T, channels) for name, channels in (self.attention.kept() | self.indexer.kept()).items()}
         shapes = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
-        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch})
+        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch if name in shapes[0]})
         own = [{name: shape for name, shape in each.items() if name not in self.scratch} for each in shapes]
         layers = [allocate(ops, each, self.integers) for each in own]
         rest = dict(
@@ -480,7 +481,7 @@ class GPT2:
             ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT)
         if learn:
             d.ik.fill(0)
-        for first, scores in query_blocks(a.scores, B, 0, T, ROWS):
+        for first, scores in query_blocks(a.scores, B, 0, T, self.selection.rows):
             p = a.p[: scores.size].reshape(scores.shape)
             ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, c, first)
             ops.attention_mean(p, a.qkv, a.lse, self.config.NH, first)

@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from kernels import cpu
 from kernels.shares import Shares
 from llmc.buffers import query_blocks
 from llmc.cli import ArgumentParser
@@ -18,7 +19,13 @@ from llmc.dataloader import DataLoader
 from llmc.logger import Logger
 from llmc.loop import check_finite
 
-ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them, never T x T
+ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them
+GPU_SCORES = 64 << 20  # bytes of them on a GPU, which few queries leave idle: all of a layer at B = 1, T = 4096
+
+
+def rows_at_once(device, B: int, T: int) -> int:
+    """How many queries' scores (B,rows,T) are in memory at a time: ROWS, or on a GPU what GPU_SCORES has room for."""
+    return min(T, ROWS if device is cpu else max(ROWS, GPU_SCORES // (4 * B * T)))
 
 
 def ids(text: str) -> str:
@@ -132,7 +139,7 @@ def measure_rows(model, inputs: np.ndarray, dense: bool = False) -> tuple[list[f
         if not dense:
             ops.attention_forward(a.btc, a.dense_lse, a.qkv, NH)
         top, count, agreement = ops.zeros(a.index.shape, np.int32), ops.zeros(a.count.shape, np.int32), Agreement()
-        for first, p in query_blocks(a.p, model.B, 0, model.T, ROWS):
+        for first, p in query_blocks(a.p, model.B, 0, model.T, model.selection.rows):
             ops.attention_mean(p, a.qkv, a.lse if dense else a.dense_lse, NH, first)
             ops.select_topk(top, count, p, a.count, first, 0, 0)
             rows = slice(first, first + p.shape[1])

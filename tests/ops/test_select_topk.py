@@ -89,3 +89,27 @@ def test_select_topk_on_cuda(runtime, kind, force_self, sink, leak):
             new = index[:, first:], count[:, first:], scores[:, first:], np.ascontiguousarray(keep[:, first:])
             again, *_ = run(runtime, "select_topk", *new, first, first, force_self, sink, leak)
             assert np.array_equal(again, expected[0][:, first:])
+
+
+@pytest.mark.parametrize("kind", ["normal", "relu", "few", "extreme"])
+@pytest.mark.parametrize("S, K, R", [
+    (129, 30, 3), (2047, 300, 3), (2049, 1, 2), (4099, 2000, 2), (8193, 256, 2), (16385, 90, 2),
+])  # fmt: skip
+def test_long_rows_on_cuda(runtime, S, K, R, kind):
+    """Blocks of 128 to 512 threads, of which each has several keys, and rows of more keys than they keep."""
+    rng = np.random.default_rng([5, S])
+    scores = rng.standard_normal((1, R, S)).astype("f")
+    if kind == "relu":
+        scores = np.maximum(scores, 0)
+    elif kind == "few":  # equals that differ from others in their last bits alone
+        scores = (np.float32(1) + rng.integers(0, 40, scores.shape) * np.float32(2**-23)).astype("f")
+    elif kind == "extreme":
+        scores = rng.choice(np.array([0, -0.0, 1e-45, -1e-45, INF, -INF, np.nan, 3e38], "f"), scores.shape)
+    keep = np.full((1, R), K, np.int32)
+    index, count = np.full((1, R, K), 99, np.int32), np.full((1, R), 99, np.int32)
+    for options in ((1, 0, 0), (0, 1, 0)):
+        args = scores, keep, S - R, S - R, *options
+        expected = index.copy(), count.copy()
+        cpu.select_topk(*expected, *args)
+        found, counted, *_ = run(runtime, "select_topk", index, count, *args)
+        assert np.array_equal(found, expected[0]) and np.array_equal(counted, expected[1])

@@ -146,6 +146,20 @@ def test_share_topk_on_cuda(runtime, kind, sink):
             first = end
 
 
+@pytest.mark.parametrize("S, k, R", [(2047, 360, 50), (8200, 400, 35), (16400, 4000, 3)])
+def test_long_rows_on_cuda(runtime, S, k, R):
+    """Blocks of 128 to 512 threads, of which each has several keys; two tiles that an earlier call began."""
+    Q, rng = 30, np.random.default_rng(S)
+    scores = np.maximum(rng.standard_normal((1, R, S)), 0).astype("f")
+    sums = rng.standard_normal((1, tile_sums(R, Q), S)).astype("f")
+    index, count = np.full((1, R, k), 99, np.int32), np.full((1, R), 99, np.int32)
+    expected, args = (index.copy(), count.copy(), sums.copy()), (scores, k, Q, S - R, S - R)
+    cpu.share_topk(*expected, *args)
+    for found, wanted in zip(run(runtime, "share_topk", index, count, sums, *args), expected):
+        assert np.array_equal(found, wanted)
+    assert (expected[1] > k - Q).all()
+
+
 def test_calls_for_parts_have_the_bits_of_one_on_cuda(runtime):
     T, k, Q, rng = 40, 17, 6, np.random.default_rng(2)
     scores = (rng.standard_normal((2, T, T)) * 10.0 ** rng.integers(-3, 4, (2, T, T))).astype(np.float32)

@@ -12,6 +12,7 @@ from test_sparse_model import CONFIGS, SPARSE, batch, tiny_model
 
 import train_sparse_attn
 from kernels import cuda
+from systems import selection
 from systems.selection import measure_rows
 
 pytestmark = pytest.mark.launches("gpt2", "sparse", "deepseek")
@@ -34,12 +35,22 @@ MODELS = [*(("gpt2", kind) for kind in SPARSE), ("mla", "top-k"), ("moe", "top-k
 ])  # fmt: skip
 def test_gradients_are_the_cpus(config, kind, warming_up, checking):
     """Loss, every gradient and the measured agreement, in mode check: no race, no access out of bounds."""
+    check_gradients(config, kind, warming_up, checking)
+
+
+@pytest.mark.parametrize("kind, warming_up", [("top-k", False), ("top-k", True), ("upstream indexer", False)])
+def test_gradients_on_tensor_cores_are_the_cpus(kind, warming_up):
+    """The same with 3xTF32, after trials that say nothing."""
+    check_gradients("gpt2", kind, warming_up, EmulatedRuntime("check", capability=(9, 0)))
+
+
+def check_gradients(config, kind, warming_up, runtime):
     sparsity = SPARSE[kind]
     learns = sparsity.indexer != "none"
     (inputs, targets), results = batch(CONFIGS[config], 2, 9), []
     reference = tiny_model(CONFIGS[config], sparsity, 2, 9)
     params = reference.params_flat.astype(np.float32)
-    ours = train_sparse_attn.GPT2(cuda.device(checking), CONFIGS[config], sparsity, params, 2, 9)
+    ours = train_sparse_attn.GPT2(cuda.device(runtime), CONFIGS[config], sparsity, params, 2, 9)
     for model in (reference, ours):
         divergences, agreements, _ = measure_rows(model, inputs, dense=warming_up)
         model.forward(inputs, targets, dense=warming_up)
@@ -73,6 +84,20 @@ def test_extend_gives_the_logits_of_the_cpu(config, kind, checking):
     for start, stop in ((0, 7), (7, 8), (8, 12)):
         expected, found = (model.extend(inputs[start:stop], start) for model in (reference, ours))
         assert np.abs(found - expected).max() <= TOL * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("memory, blocks", [(1 << 20, 1), (0, 2)])
+@pytest.mark.parametrize("capability, kind", [((7, 0), ""), ((9, 0), "_3xtf32")])
+def test_a_layer_scores_and_selects_in_two_launches(capability, kind, memory, blocks, emulator, monkeypatch):
+    """All queries at once, on tensor cores or not; where GPU_SCORES has no room for them, 128."""
+    monkeypatch.setattr(selection, "GPU_SCORES", memory)
+    runtime, config, launched = EmulatedRuntime(capability=capability), replace(CONFIGS["gpt2"], maxT=140), []
+    model = tiny_model(config, SPARSE["top-k"], 2, 140, np.float32, device=cuda.device(runtime))
+    model.forward(batch(config, 2, 140)[0])
+    launch = runtime.launch
+    monkeypatch.setattr(runtime, "launch", lambda kernel, *rest: (launched.append(kernel), launch(kernel, *rest)))
+    model.selection.forward(0, model.layers[0], 0, False)
+    assert launched == blocks * [f"indexer_scores_forward{kind}_kernel", "select_topk_kernel"]
 
 
 def test_model_is_causal_bit_for_bit(checking):

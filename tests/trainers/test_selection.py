@@ -5,7 +5,7 @@ import pytest
 
 from kernels import cpu
 from kernels.cpu.sparse.share_topk import tile_sums
-from systems.selection import Agreement, answers, hits, kept_pairs, sources
+from systems.selection import Agreement, answers, hits, kept_pairs, rows_at_once, sources
 from systems.sparsity import layer_ratios
 
 
@@ -55,3 +55,12 @@ def test_layer_ratios():
     for wrong in ("1,0.5", "0,1,1", "2,1,1", "nan,1,1", "a,b,c", "1,,1"):
         with pytest.raises(ValueError):
             layer_ratios(wrong, 6)
+
+
+def test_rows_at_once():
+    """On a CPU 128; on a GPU what 64 MiB hold, and 128 at least, as scores of one query may be as many."""
+    gpu = object()
+    assert [rows_at_once(cpu, B, T) for B, T in ((1, 64), (1, 4096), (16, 65536))] == [64, 128, 128]
+    sizes = (1, 64), (1, 4096), (16, 1024), (4, 4096), (1, 8192), (1, 16384), (16, 65536)
+    rows = [rows_at_once(gpu, B, T) for B, T in sizes]
+    assert rows == [64, 4096, 1024, 1024, 2048, 1024, 128]

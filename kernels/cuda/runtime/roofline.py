@@ -140,6 +140,11 @@ ROWS_OF_TABLE = [
     Row("sparse_attention_forward_64_kernel", "0", "4*N*C + N*NH + N*k", "2*N*C*(k + 1) + N*NH + N*k", "4*N*k*C"),
     Row("sparse_attention_dq_64_kernel", "0", "5*N*C + 2*N*NH + N*k", "N*C*(2*k + 3) + 2*N*NH + N*k", "6*N*k*C"),
     Row("sparse_attention_dkdv_64_kernel", "0", "6*N*C + 2*N*NH + N*k", "N*C*(2*k + 4) + 2*N*NH*k + N*k", "8*N*k*C"),
+    Row("selected_bits_kernel", "0", "N*k + N*T/32", "", "0"),
+    Row("union_keys_kernel", "0", "N*T/32 + 3*u*N*T/128", "N*T/16 + 3*u*N*T/128", "0"),
+    Row("key_classes_kernel", "0", "N*T/32 + N", "", "0"),
+    Row("key_order_kernel", "0", "2*N", "3*N", "0"),
+    Row("union_queries_kernel", "0", "N*T/32 + 3*uq*N*T/128 + N", "", "0"),
     Row("attention_mean_kernel", "0", "2*N*C + N*NH + N*T", "N*C*(T/64 + 1) + N*NH*T/64 + N*T", "N*C*(T + 1)"),
     Row("sparse_attention_mean_kernel", "0", "2*N*C + N*NH + 2*N*k", "N*C*(k + 1) + 2*N*k", "2*N*k*C"),
     Row(
@@ -164,6 +169,55 @@ ROWS_OF_TABLE = [
         "N*(T/128 + 1/2)*HI*(3*dI + 64)",
         "2*N*(T + 1)*HI*dI",
     ),
+    Row(
+        "indexer_scores_forward_3xtf32_kernel",
+        "0",
+        "N*(HI + 1)*dI + N*HI + N*T",
+        "N*T*HI*dI*3/256 + N*T",
+        "N*(T + 1)*HI*(dI + 1)",
+        3,
+    ),
+    Row(
+        "indexer_scores_dq_3xtf32_64_kernel",
+        "0",
+        "N*(2*HI + 1)*dI + N*T/2",
+        "N*HI*(dI*(T/256 + T/2048 + 2) + T/2)",
+        "2*N*(T + 1)*HI*dI",
+        3,
+    ),
+    Row(
+        "indexer_scores_dk_3xtf32_64_kernel",
+        "0",
+        "N*(HI + 3)*dI + N*HI + N*T/2",
+        "N*dI*(HI*T/256 + T/512 + 2) + N*T/2",
+        "2*N*(T + 1)*HI*dI",
+        3,
+    ),
+    Row(
+        "indexer_scores_forward_tf32_kernel",
+        "0",
+        "N*(HI + 1)*dI + N*HI + N*T",
+        "N*T*HI*dI*3/256 + N*T",
+        "N*(T + 1)*HI*(dI + 1)",
+        1,
+    ),
+    Row(
+        "indexer_scores_dq_tf32_64_kernel",
+        "0",
+        "N*(2*HI + 1)*dI + N*T/2",
+        "N*HI*(dI*(T/256 + T/2048 + 2) + T/2)",
+        "2*N*(T + 1)*HI*dI",
+        1,
+    ),
+    Row(
+        "indexer_scores_dk_tf32_64_kernel",
+        "0",
+        "N*(HI + 3)*dI + N*HI + N*T/2",
+        "N*dI*(HI*T/256 + T/512 + 2) + N*T/2",
+        "2*N*(T + 1)*HI*dI",
+        1,
+    ),
+    Row("indexer_join_kernel", "0", "3*N*dI", "N*dI*(T/1024 + 5/2)", "N*dI*(T/1024 + 1/2)"),
     Row(
         "indexer_gathered_forward_kernel",
         "0",
@@ -192,6 +246,55 @@ ROWS_OF_TABLE = [
         "N*(k*HI + 1)*dI + N*k*(2*HI + 1)",
         "2*N*k*HI*(dI + 1)",
     ),
+    Row(
+        "indexer_union_forward_3xtf32_64_kernel",
+        "0",
+        "N*(HI + 1)*dI + N*HI + 2*N*k",
+        "u*N*T/128*(dI*(1 + HI/2) + 3) + 2*N*k",
+        "u*N*T*HI*(dI + 1)",
+        3,
+    ),
+    Row(
+        "indexer_union_dq_3xtf32_64_kernel",
+        "0",
+        "N*(2*HI + 1)*dI + 2*N*HI + N*k",
+        "HI*(3*N*dI + N*k + u*N*T/128*(dI + 3))",
+        "2*u*N*T*HI*dI",
+        3,
+    ),
+    Row(
+        "indexer_union_dk_3xtf32_64_kernel",
+        "0",
+        "N*(HI + 1)*dI + N*HI + N*k + u*N*T/128*dI",
+        "u*N*T/128*(dI*(2 + HI/2) + 3) + 2*N*k",
+        "2*u*N*T*HI*dI",
+        3,
+    ),
+    Row(
+        "indexer_union_forward_tf32_64_kernel",
+        "0",
+        "N*(HI + 1)*dI + N*HI + 2*N*k",
+        "u*N*T/128*(dI*(1 + HI/2) + 3) + 2*N*k",
+        "u*N*T*HI*(dI + 1)",
+        1,
+    ),
+    Row(
+        "indexer_union_dq_tf32_64_kernel",
+        "0",
+        "N*(2*HI + 1)*dI + 2*N*HI + N*k",
+        "HI*(3*N*dI + N*k + u*N*T/128*(dI + 3))",
+        "2*u*N*T*HI*dI",
+        1,
+    ),
+    Row(
+        "indexer_union_dk_tf32_64_kernel",
+        "0",
+        "N*(HI + 1)*dI + N*HI + N*k + u*N*T/128*dI",
+        "u*N*T/128*(dI*(2 + HI/2) + 3) + 2*N*k",
+        "2*u*N*T*HI*dI",
+        1,
+    ),
+    Row("indexer_union_join_kernel", "0", "N*dI + u*N*T/128*dI + N*T/32", "", "u*N*T/128*dI"),
     Row("random_scores_kernel", "0", "N*T", "", "0"),
     Row("select_topk_kernel", "0", "N*T/2 + N*k + 2*N", "", "0"),
     Row("share_sums_kernel", "0", "N*T/2 + N*T/Q/2", "", "N*T/2"),
@@ -281,6 +384,8 @@ def sizes(
     names = dict(B=B, T=T, N=B * T, C=C, C9=9 * C, L=L, NH=NH, V=V, Vp=Vp, P=P, w=w, K=band_count(4 * C, C, w), min=min)
     names |= dict(r=192, R=32, D=192 + 32)  # latent attention: kv_rank, rotary dimensions, both
     names |= dict(k=128, Q=64)  # keys in a list of sparse attention, queries that share one
+    # of all pairs up to the diagonal, those in tiles of 64 queries, of 64 keys, with such lists: trained at T = 1024
+    names |= dict(u=0.73, uq=0.91)
     names |= dict(HI=4, dI=64)  # the indexer's heads and their size
     names |= dict(E=4, A=2 * B * T)  # experts, and assignments of tokens to them, two each
     names["Dp"] = 4  # platters of a head

@@ -165,16 +165,16 @@ indexer_scores_dq_kernel(float* __restrict__ parts, const float* __restrict__ ds
 }
 
 // dq (B,T,HI*dI), dw (B,T,HI) at rows first .. first + R - 1 from parts (ranges,B,R,HI*dI); a warp for each head of
-// each of B * R rows. causal: there are as many ranges as the row's tile has keys for, else one
+// each of B * R rows. range: there are as many ranges, of so many keys, as the row's tile of queries has keys for; 0: one
 extern "C" __global__ void __launch_bounds__(256)
 indexer_finish_kernel(float* __restrict__ dq, float* __restrict__ dw, const float* __restrict__ parts,
                       const float* __restrict__ q, const float* __restrict__ w, int B, int R, int T, int HI, int dI,
-                      int first, int causal) {
+                      int first, int tile, int range) {
     const int n = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     if (n >= B * R * HI) { return; }
     const int j = n % HI, r = n / HI % R, b = n / HI / R;
-    const int end = first + min((r / TILE + 1) * TILE, R);  // as in indexer_scores_dq_kernel
-    const int ranges = causal ? (end + RANGE - 1) / RANGE : 1;
+    const int end = first + min((r / tile + 1) * tile, R);  // as in indexer_scores_dq_kernel
+    const int ranges = range ? (end + range - 1) / range : 1;
     const size_t out = ((size_t)b * T + first + r) * HI + j;
     const size_t stride = (size_t)B * R * HI * dI;  // from range to range
     const float weight = w[out];
@@ -183,7 +183,7 @@ indexer_finish_kernel(float* __restrict__ dq, float* __restrict__ dw, const floa
     for (int c = threadIdx.x % WARP; c < dI; c += WARP) {
         float u = 0.0f;
 #pragma unroll 1
-        for (int range = 0; range < ranges; range++) { u += of_head[range * stride + c]; }
+        for (int part = 0; part < ranges; part++) { u += of_head[part * stride + c]; }
         product += q[out * dI + c] * u;
         dq[out * dI + c] = weight * u;
     }

@@ -5,7 +5,7 @@
 //                            their order, so parts of a sequence have the bits of the whole; then a block of threads
 //                            a tile finds its list (topk.cuh) and writes it for each of its queries
 //
-// Scores are read once, sums a few times from L1: a Q-th of what the choice of each query reads.
+// Scores and sums are read once, and the choice has a Q-th of what it has for each query.
 
 // the queries of tile i that are among first .. first + R - 1
 __device__ __forceinline__ int begin_of(int i, int share, int first) { return max(i * share, first); }
@@ -29,8 +29,9 @@ share_sums_kernel(float* __restrict__ sums, const float* __restrict__ scores, in
     *sum = total;
 }
 
-// index (B,Tq,K), count (B,Tq) at rows first - start .. from sums (B,M,W); a block of BINS threads for each of B * tiles
-extern "C" __global__ void __launch_bounds__(256)
+// index (B,Tq,K), count (B,Tq) at rows first - start .. from sums (B,M,W); a block for each of B * tiles, of threads as
+// write_highest wants them
+extern "C" __global__ void __launch_bounds__(512)
 share_lists_kernel(int* __restrict__ index, int* __restrict__ count, const float* __restrict__ sums, int R, int M,
                    int W, int Tq, int K, int k, int share, int tiles, int first, int start, int sink) {
     const int b = blockIdx.x / tiles;

@@ -2,6 +2,7 @@
 
 from kernels.cpu.sparse.share_topk import tiles_of
 from kernels.cuda.runtime.grid import THREADS, ceil_div
+from kernels.cuda.sparse.select_topk import threads_for
 
 
 def share_topk(cuda, index, count, sums, scores, k, share, first, start=0, sink=0):
@@ -13,4 +14,4 @@ def share_topk(cuda, index, count, sums, scores, k, share, first, start=0, sink=
         args = sums, scores, R, S, M, W, share, first
         cuda.launch("share_sums_kernel", (ceil_div(keys, THREADS), tiles, B), THREADS, args)
     args = index, count, sums, R, M, W, Tq, K, k, share, tiles, first, start, sink
-    cuda.launch("share_lists_kernel", B * tiles, THREADS, args)  # a thread for each bin of a histogram
+    cuda.launch("share_lists_kernel", B * tiles, threads_for(max(keys, 1)), args)
