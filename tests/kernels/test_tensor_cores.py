@@ -14,8 +14,10 @@ from kernels.cuda.gpt2.attention import attention_trial
 from kernels.cuda.runtime import source
 from kernels.cuda.runtime.runtime import CudaError
 from kernels.cuda.runtime.tensor_cores import MOST, product_trial, takes_tensor_cores, worth_it
+from kernels.cuda.sparse import sparse_attention
+from kernels.cuda.sparse.sparse_attention import union_trial
 
-pytestmark = pytest.mark.launches("gpt2", "band")
+pytestmark = pytest.mark.launches("gpt2", "band", "sparse")
 
 
 def emulated(tf32=False, **options) -> EmulatedRuntime:
@@ -146,6 +148,110 @@ def test_bands_have_a_trial_of_their_own(tf32, tmp_path, capfd):
     assert said.count("\n") == 1 and "are not used, FC1's dweight is off by" in said
 
 
+@pytest.mark.parametrize(
+    "name, right, wrong, result",
+    [
+        ("indexer_tensor.cu", "asked++, column = 0;", "asked++;", "scores"),  # the next head begins too far on
+        ("indexer_tensor.cu", "stage = TILE - stage;", "", "gradients"),
+        ("indexer_union.cu", "before += __popc(chosen[query][word].keys);", "", "gathered scores"),
+        ("indexer_union.cu", "chosen[half].before += __popc(chosen[half].keys);", "", "gathered gradients"),
+    ],
+)
+def test_an_indexer_that_is_wrong_is_not_used(name, right, wrong, result, tmp_path, capfd):
+    """Said once; its scores come from CUDA cores."""
+    runtime, T = emulated(folders=planted(tmp_path, name, (right, wrong))), 20
+    given = rounded(1, T, 8), rounded(1, T, 4), rounded(1, T, 2)
+    past, expected = np.tri(T, dtype=bool), np.empty((1, T, T))
+    cpu.indexer_scores_forward(expected, *given, 0.5, 0)
+    for _ in range(2):
+        runtime.launched.clear()
+        scores, *on_gpu = (place(runtime, x, 0) for x in (nan(1, T, T), *given))
+        cuda.device(runtime).indexer_scores_forward(scores, *on_gpu, 0.5, 0)
+        assert runtime.launched[-1] == "indexer_scores_forward_kernel"
+        assert relative(runtime.to_host(scores)[:, past], expected[:, past]) <= 1e-6
+    assert len(runtime.launched) == 1
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and f"are not used, the indexer's {result} is off by" in said
+
+
+def every_third_key(T, K, start) -> tuple[np.ndarray, np.ndarray]:
+    """index (1,T-start,K), count (1,T-start): back from the query."""
+    index, count = np.full((1, T - start, K), -1, np.int32), np.empty((1, T - start), np.int32)
+    for t in range(start, T):
+        keys = np.arange(t, -1, -3)[:K][::-1]
+        index[0, t - start, : len(keys)], count[0, t - start] = keys, len(keys)
+    return index, count
+
+
+def selected(runtime, start=0, hs=16, T=70, NH=2, K=9) -> float:
+    """Forward of the last queries, and of all with backward and mean; the largest error, relative to a tensor's."""
+    C, device, errors = NH * hs, cuda.device(runtime), []
+    qkv, dout = rounded(1, T, 3 * C), rounded(T, C)
+    for first in {start, 0}:
+        shapes = (T - first, C), (1, NH, T - first), (1, T, 3 * C), (1, T, K)
+        given = qkv, dout, *(nan(*shape) for shape in shapes), *every_third_key(T, K, first)
+        results = []
+        for on, put in ((cpu, np.asarray), (device, lambda array: place(runtime, array, 0))):
+            x, dy, out, lse, dqkv, mean, *chosen = map(put, given)
+            on.sparse_attention_forward(out, lse, x, *chosen, NH, first)
+            results.append([out, lse])
+            if first == 0:
+                on.sparse_attention_backward(dqkv, dy, x, out, lse, *chosen, NH)
+                on.sparse_attention_mean(mean, x, lse, *chosen, NH)
+                results[-1] += [dqkv, mean]
+        errors += [relative(runtime.to_host(ours), right) for right, ours in zip(*results)]
+    return max(errors)
+
+
+OF_LISTS = ["selected_bits_kernel", "union_keys_kernel"]
+OF_QUERIES = [
+    "sparse_attention_forward_64_kernel", "attention_delta_kernel", "sparse_attention_dq_64_kernel",
+    "inverse_count_kernel", "inverse_sum_kernel", "inverse_place_kernel", "sparse_attention_dkdv_64_kernel",
+    "sparse_attention_mean_kernel",
+]  # fmt: skip
+
+
+def of_tiles(kind: str) -> list[str]:
+    """What forward, backward and mean launch where 64 queries share their keys."""
+    by_key = ["key_classes_kernel", "key_order_kernel", "union_queries_kernel"]
+    return [
+        *OF_LISTS, f"union_forward_{kind}_64_kernel", *OF_LISTS, f"union_dq_{kind}_64_kernel", *by_key,
+        f"union_dkdv_{kind}_64_kernel", *OF_LISTS, f"union_mean_{kind}_kernel",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "capability, tf32, kind",
+    [((7, 5), True, None), ((8, 6), False, None), ((8, 6), True, "tf32"), ((9, 0), False, "3xtf32")],
+)
+def test_selected_keys_are_shared_where_there_is_enough_to_do(capability, tf32, kind, monkeypatch, capfd):
+    """Pairs times channels decide, of the queries there are: those that decode go one by one."""
+    monkeypatch.setattr(sparse_attention, "WORTH", 70 * 9 * 32)
+    runtime = emulated(tf32, capability=capability)
+    for trials in (1, 0):
+        runtime.launched.clear()
+        assert selected(runtime) <= (1.5e-3 if tf32 else 5e-6)
+        assert runtime.launched == ((trials + 1) * of_tiles(kind) if kind else OF_QUERIES)
+    runtime.launched.clear()
+    assert selected(runtime, start=1) <= (1.5e-3 if tf32 else 5e-6)
+    assert runtime.launched.count("sparse_attention_forward_64_kernel") == (1 if kind else 2)
+    runtime.launched.clear()
+    selected(runtime, K=8)
+    assert runtime.launched == OF_QUERIES and capfd.readouterr().err == ""
+
+
+def test_lists_that_are_wrong_are_not_used(monkeypatch, tmp_path, capfd):
+    """Said once, and the numbers are right."""
+    monkeypatch.setattr(sparse_attention, "WORTH", 0)
+    wrong = "i < pairs", "i < pairs - 1"  # the last key of a tile's last query
+    runtime = emulated(folders=planted(tmp_path, "union_lists.cu", wrong))
+    for _ in range(2):
+        assert selected(runtime) <= 1e-6
+    assert runtime.launched == of_tiles("3xtf32") + 2 * OF_QUERIES
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "are not used, sparse attention's out is off by" in said
+
+
 def test_a_kernel_that_cannot_be_launched_is_not_used(capfd):
     runtime = emulated()
     launch = runtime.launch
@@ -167,7 +273,8 @@ def kind(request):
 
 @pytest.mark.parametrize("tf32", [False, True], ids=["3xtf32", "tf32"])
 @pytest.mark.parametrize(
-    "trial, sizes", [(product_trial, ()), *((attention_trial, (hs,)) for hs in (64, 63, 128, 127))]
+    "trial, sizes",
+    [(product_trial, ()), *((trial, (hs,)) for trial in (attention_trial, union_trial) for hs in (64, 63, 128, 127))],
 )
 def test_the_trials_are_passed(kind, trial, sizes, tf32):
     """With the errors of products whose operands were rounded, or were not: every kernel for tensor cores there is."""

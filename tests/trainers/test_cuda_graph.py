@@ -11,6 +11,7 @@ import train_banded
 import train_sparse_attn
 import train_toroidal
 from kernels import cuda
+from kernels.cuda.sparse import sparse_attention
 from kernels.graph import Replay
 from llmc.checkpoint import Model, write_model
 from llmc.errors import UserError
@@ -24,10 +25,10 @@ MEASURED = r"\([\d.]+ ms, \d+ tok/s\)|[\d.]+% of a forward pass|(time|emulator|m
 
 @pytest.fixture
 def run_trainer(monkeypatch, emulator, folder, capfdbinary):
-    """run_trainer(trainer, graph, **options) -> (result, the emulated GPU it ran on)"""
+    """run_trainer(trainer, graph, capability, **options) -> (result, the emulated GPU it ran on)"""
 
-    def run(trainer, graph: str, **options) -> tuple[tiny.Result, EmulatedRuntime]:
-        runtime = EmulatedRuntime("fast")
+    def run(trainer, graph: str, capability=(7, 0), **options) -> tuple[tiny.Result, EmulatedRuntime]:
+        runtime = EmulatedRuntime("fast", capability=capability)
         monkeypatch.setattr(kernels, "open_device", lambda name, tf32, graph: cuda.device(runtime, graph))
         return tiny.call(capfdbinary, trainer.main, *tiny.options(graph=graph, **options)), runtime
 
@@ -101,6 +102,15 @@ SELECTION = dict(top_k=3, indexer_heads=2, indexer_dim=4)
 def test_sparse(more, launches, run_trainer, folder):
     write_model(folder / "deepseek.bin", Model(tiny.DEEPSEEK, gpt2_init(tiny.DEEPSEEK, 1)))
     check_same(run_trainer, folder, train_sparse_attn, launches, **CHANGING | more)
+
+
+def test_sparse_where_64_queries_share_their_keys(run_trainer, folder, monkeypatch):
+    """The trial comes before the first graph; lists are made in it."""
+    calls, union_mean = [], sparse_attention.union_mean
+    monkeypatch.setattr(sparse_attention, "WORTH", 0)
+    monkeypatch.setattr(sparse_attention, "union_mean", lambda *args: (calls.append(args), union_mean(*args)))
+    check_same(run_trainer, folder, train_sparse_attn, 12 + 5 + 5, capability=(9, 0), **CHANGING, **SELECTION)
+    assert len(calls) > 2 * (1 + 6)  # of both runs: the trial, and the steps of the eager one at least
 
 
 def test_what_asks_the_host_in_a_step_stays_eager_or_is_refused(run_trainer, folder):

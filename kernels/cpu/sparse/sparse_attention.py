@@ -6,7 +6,7 @@ Query t of a sequence meets the keys index[t,0..count[t]-1], the same for all he
 them index is -1. Two forms give the same numbers, of which _gathers picks the faster one: the masked form meets all
 keys as dense attention does, with -inf for what is not selected; the gathered form copies the selected rows of k and v
 together, a block of queries at a time. Neither asks what the lists hold, except how far they reach. Where a list
-ends, its -1 say; the GPU reads count instead.
+ends, its -1 say; the GPU reads those or count.
 """
 
 from functools import partial

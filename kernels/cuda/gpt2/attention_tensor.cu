@@ -26,34 +26,6 @@
 // Tiles above the diagonal are skipped. On the diagonal, weights of the future are 0, and 0 * v is 0 unless v is infinite
 // or NaN: where a tile has such values, they are left out of the product and added one by one where weights are not 0.
 
-// scores p of 16 queries -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed under
-// an earlier top shrinks. total is of this lane's keys
-template <int KEYS, int HS>
-__device__ __forceinline__ void online_softmax(float (&p)[KEYS / 8][4], float (&top)[2], float (&total)[2],
-                                               float (&sums)[HS / 8][4], float scale) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float largest = MINUS_INFINITY;
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) { largest = fmaxf(largest, fmaxf(p[n][2 * half], p[n][2 * half + 1])); }
-        const float before = top[half], now = fmaxf(before, group_max<4>(largest) * scale);
-        const float shrink = exp2f(before - now);  // every query sees key 0: never -inf - -inf
-        float added = 0.0f;
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-#pragma unroll
-            for (int i = 2 * half; i < 2 * half + 2; i++) {
-                p[n][i] = exp2f(p[n][i] * scale - now);
-                added += p[n][i];
-            }
-        }
-#pragma unroll
-        for (int c = 0; c < HS / 8; c++) { sums[c][2 * half] *= shrink, sums[c][2 * half + 1] *= shrink; }
-        total[half] = total[half] * shrink + added;
-        top[half] = now;
-    }
-}
-
 // a warp has M x 16 queries; if EXACT they stay in shared memory, since splitting takes the registers
 template <bool EXACT, int HS, int M, int KEYS>
 __device__ __forceinline__ void forward_tile(float* out, float* lse, const float* qkv, int T, int NH, int hs,

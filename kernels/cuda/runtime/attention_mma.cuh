@@ -1,7 +1,8 @@
-// attention_mma.cuh: tiles of attention on tensor cores, in front of the files that name it (attention_tensor.cu)
+// attention_mma.cuh: tiles of attention on tensor cores, in front of the files that name it (attention_tensor.cu,
+// union_attention.cu)
 //
 // What passes a warp's rows: tiles in shared memory on their way from the rows of heads, products of a tile with rows
-// and of weights with a tile, and what is not finite in it. Layouts are told in attention_tensor.cu.
+// and of weights with a tile, the softmax, and what is not finite in it. Layouts are told in attention_tensor.cu.
 
 template <int HS> constexpr int CHUNKS = HS / 4;           // of 16 bytes, of a row
 template <int HS> constexpr int STRIDE = CHUNKS<HS> + 1;   // of rows in shared memory, in chunks
@@ -65,13 +66,37 @@ __device__ __forceinline__ void fetch(Pack<4>* tile, const float* rows, int stri
     }
 }
 
+// the same for rows that lie anywhere: lane r of every warp has the number of row r, or -1, and the row becomes 0
+template <int HS, int ROWS, int THREADS>
+__device__ __forceinline__ void gather(Pack<4>* tile, const float* rows, int stride, int number, int hs, bool packed) {
+    constexpr int STEP = THREADS / CHUNKS<HS>;
+    static_assert(ROWS % STEP == 0 && ROWS <= WARP, "every thread copies as much, and a lane has every row's number");
+    const int row = threadIdx.x / CHUNKS<HS>, chunk = threadIdx.x % CHUNKS<HS>;
+    rows += chunk * 4;
+    tile += row * STRIDE<HS> + chunk;
+#pragma unroll
+    for (int n = 0; n < ROWS / STEP; n++) {
+        const int from = __shfl_sync(ALL_LANES, number, row + n * STEP);
+        const int left = from < 0 ? 0 : hs - chunk * 4;
+        const float* x = rows + (size_t)max(from, 0) * stride;
+        Pack<4>* to = tile + n * STEP * STRIDE<HS>;
+        if (packed) {
+            copy_later<16>(to, x, left > 0);
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; j++) { copy_later<4>(to->at + j, x + j, j < left); }
+        }
+    }
+}
+
 // waits until ROWS rows of a stage have arrived, all threads' copies, and rounds them unless EXACT. true if there are
-// infinities or NaNs, which is only looked for where a tile is on the diagonal
-template <bool EXACT, int HS, int ROWS> __device__ __forceinline__ bool await(Pack<4>* tiles, bool diagonal) {
-    constexpr int STEP = TILE_THREADS / CHUNKS<HS>;
+// infinities or NaNs, which is only looked for if it matters: where a tile is on the diagonal
+template <bool EXACT, int HS, int ROWS, int THREADS = TILE_THREADS>
+__device__ __forceinline__ bool await(Pack<4>* tiles, bool matters) {
+    constexpr int STEP = THREADS / CHUNKS<HS>;
     wait_for_copies<0>();
     bool found = false;
-    if (!EXACT || diagonal) {  // a thread looks at what it copied itself
+    if (!EXACT || matters) {  // a thread looks at what it copied itself
         Pack<4>* mine = tiles + threadIdx.x / CHUNKS<HS> * STRIDE<HS> + threadIdx.x % CHUNKS<HS>;
 #pragma unroll
         for (int n = 0; n < ROWS / STEP; n++) {
@@ -85,7 +110,7 @@ template <bool EXACT, int HS, int ROWS> __device__ __forceinline__ bool await(Pa
             if (!EXACT) { mine[n * STEP * STRIDE<HS>] = x; }
         }
     }
-    if (diagonal) { return __syncthreads_or(found); }
+    if (matters) { return __syncthreads_or(found); }
     __syncthreads();
     return false;
 }
@@ -122,10 +147,9 @@ __device__ __forceinline__ void load_rows(Rows<HS, M, SHARED>& to, const float* 
     }
 }
 
-// sums (M x 16, 8N) += rows (M x 16, HS) . 8N rows of a tile
-template <bool EXACT, int HS, int M, int N, bool SHARED>
-__device__ __forceinline__ void add_dots(float (&sums)[M][N][4], const Rows<HS, M, SHARED>& rows, const Pack<4>* tile,
-                                         int hs) {
+// sums (M x 16, 8N) += rows (M x 16, HS), Rows or what gets them as these do, . 8N rows of a tile
+template <bool EXACT, int HS, int M, int N, class Own>
+__device__ __forceinline__ void add_dots(float (&sums)[M][N][4], const Own& rows, const Pack<4>* tile, int hs) {
     static_assert(N <= 4, "loads in flight");
     const Pack<4>* mine = tile + threadIdx.x % WARP / 4 * STRIDE<HS> + threadIdx.x % 4 * 2;
 #pragma unroll
@@ -249,25 +273,61 @@ __device__ __forceinline__ void hide_future(float (&x)[M][N][4], int first_row, 
     }
 }
 
+// scores p of 16 queries -> weights 2^(scale p - top), where top is the largest of the row so far; what was summed under
+// an earlier top shrinks. total is of this lane's keys. A row whose scores are all -inf has weights 0
+template <int KEYS, int HS>
+__device__ __forceinline__ void online_softmax(float (&p)[KEYS / 8][4], float (&top)[2], float (&total)[2],
+                                               float (&sums)[HS / 8][4], float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float largest = MINUS_INFINITY;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) { largest = fmaxf(largest, fmaxf(p[n][2 * half], p[n][2 * half + 1])); }
+        const float before = top[half], now = fmaxf(before, group_max<4>(largest) * scale);
+        const float from = now == MINUS_INFINITY ? 0.0f : now;  // never -inf - -inf
+        const float shrink = exp2f(before - from);
+        float added = 0.0f;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+            for (int i = 2 * half; i < 2 * half + 2; i++) {
+                p[n][i] = exp2f(p[n][i] * scale - from);
+                added += p[n][i];
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < HS / 8; c++) { sums[c][2 * half] *= shrink, sums[c][2 * half + 1] *= shrink; }
+        total[half] = total[half] * shrink + added;
+        top[half] = now;
+    }
+}
+
+// row g + 8 half of 16, of a head, = factor * sums
+template <int HS>
+__device__ __forceinline__ void store_row(float* row, int half, int hs, const float (&sums)[HS / 8][4], float factor,
+                                          bool packed) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < HS / 32; c++) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            Pack<4> x;
+#pragma unroll
+            for (int i = 0; i < 4; i++) { x.at[i] = factor * sums[4 * c + i][2 * half + j]; }
+            store_columns(row, 32 * c + 8 * t + 4 * j, hs, packed, x);
+        }
+    }
+}
+
 // 16 rows of a head = factor[half] * sums, in rows g + 8 half below `limit`
 template <int HS>
 __device__ __forceinline__ void store_rows(float* rows, int stride, int limit, int hs, const float (&sums)[HS / 8][4],
                                            const float (&factor)[2], bool packed) {
-    const int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    const int g = threadIdx.x % WARP / 4;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         if (g + 8 * half >= limit) { continue; }
-        float* row = rows + (size_t)(g + 8 * half) * stride;
-#pragma unroll
-        for (int c = 0; c < HS / 32; c++) {
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                Pack<4> x;
-#pragma unroll
-                for (int i = 0; i < 4; i++) { x.at[i] = factor[half] * sums[4 * c + i][2 * half + j]; }
-                store_columns(row, 32 * c + 8 * t + 4 * j, hs, packed, x);
-            }
-        }
+        store_row<HS>(rows + (size_t)(g + 8 * half) * stride, half, hs, sums, factor[half], packed);
     }
 }
 

@@ -165,7 +165,7 @@ indexer_scores_dq_kernel(float* __restrict__ parts, const float* __restrict__ ds
 }
 
 // dq (B,T,HI*dI), dw (B,T,HI) at rows first .. first + R - 1 from parts (ranges,B,R,HI*dI); a warp for each head of
-// each of B * R rows. range: there are as many ranges, of so many keys, as the row's tile of queries has keys for; 0: one
+// each of B * R rows. range: keys of a range, of which a row's tile of queries has as many as it takes; 0: there is one
 extern "C" __global__ void __launch_bounds__(256)
 indexer_finish_kernel(float* __restrict__ dq, float* __restrict__ dw, const float* __restrict__ parts,
                       const float* __restrict__ q, const float* __restrict__ w, int B, int R, int T, int HI, int dI,

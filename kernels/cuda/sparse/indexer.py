@@ -7,12 +7,15 @@ from kernels.cuda.gpt2.matmul_tensor import tensor_products
 from kernels.cuda.runtime.grid import THREADS, WARP, ceil_div, warp_a_row
 from kernels.cuda.runtime.tensor_cores import Results
 from kernels.cuda.sparse.indexer_tensor import WIDEST, tensor_scores_backward, tensor_scores_forward
-from kernels.cuda.sparse.indexer_union import union_backward, union_forward
+from kernels.cuda.sparse.indexer_union import indexer_union_backward, indexer_union_forward
 from kernels.cuda.sparse.inverse_lists import inverse_lists
 
 TILE = 64  # queries, keys and columns of a tile
 RANGE = 256  # keys of a block of indexer_scores_dq
 FEW = 8  # the most queries that stay on CUDA cores, as in decoding: a tile costs as much as 128
+# places in lists times columns of queries from which on 64 queries share their keys: lists of their unions take some 20
+# microseconds on an H100, however few there are, and kernels for single queries about a picosecond for each
+WORTH = 1 << 25
 GATHERED_THREADS = 128  # the most threads of a block that has one query
 
 
@@ -50,8 +53,8 @@ def indexer_gathered_forward(cuda, scores, q, k, w, index, count, scale):
     """As kernels.cpu.sparse.indexer.indexer_gathered_forward."""
     B, T, K = scores.shape
     HI = w.shape[2]
-    if k.shape[2] <= WIDEST and not _own_keys(q, k, HI) and (products := _products(cuda, T)):
-        union_forward(cuda, products, scores, q, k, w, index, count, scale)
+    if products := _union_products(cuda, q, k, index, HI):
+        indexer_union_forward(cuda, products, scores, q, k, w, index, count, scale)
         return
     args = (scores, q, k, w, index, count, scale, T, K, HI, q.shape[2] // HI, _own_keys(q, k, HI))
     cuda.launch("indexer_gathered_forward_kernel", B * T, _threads(K), args)
@@ -62,8 +65,8 @@ def indexer_gathered_backward(cuda, dq, dk, dw, dscores, q, k, w, index, count, 
     B, T, K = dscores.shape
     HI = w.shape[2]
     dI, own_keys = q.shape[2] // HI, _own_keys(q, k, HI)
-    if dI <= WIDEST and not own_keys and (products := _products(cuda, T)):
-        union_backward(cuda, products, dq, dk, dw, dscores, q, k, w, index, count, scale)
+    if products := _union_products(cuda, q, k, index, HI):
+        indexer_union_backward(cuda, products, dq, dk, dw, dscores, q, k, w, index, count, scale)
         return
     sizes = T, K, HI, dI, own_keys
     packs = ceil_div(dI, 4)
@@ -85,6 +88,12 @@ def indexer_gathered_backward(cuda, dq, dk, dw, dscores, q, k, w, index, count, 
 def _products(cuda, queries: int) -> str | None:
     """How tensor cores multiply for so many queries; None: they do not."""
     return tensor_products(cuda, indexer_trial) if queries > FEW else None
+
+
+def _union_products(cuda, q, k, index, HI) -> str | None:
+    """The same for lists of keys, by sizes alone, as a CUDA graph wants it."""
+    fits = k.shape[2] <= WIDEST and not _own_keys(q, k, HI)
+    return _products(cuda, index.shape[1]) if fits and index.size * q.shape[2] >= WORTH else None
 
 
 def _own_keys(q, k, HI):
@@ -112,8 +121,22 @@ def indexer_trial(cuda) -> Results:
     for name, launcher, op, outs, given, rest in (
         ("scores", tensor_scores_forward, cpu.indexer_scores_forward, [rows.shape], (q, k, w), (1.0, 0)),
         ("gradients", tensor_scores_backward, cpu.indexer_scores_backward, shapes, (rows, *exact), (1.0, 0)),
-        ("gathered scores", union_forward, cpu.indexer_gathered_forward, [listed.shape], (q, k, w, *lists), (1.0,)),
-        ("gathered gradients", union_backward, cpu.indexer_gathered_backward, shapes, (listed, *exact, *lists), (1.0,)),
+        (
+            "gathered scores",
+            indexer_union_forward,
+            cpu.indexer_gathered_forward,
+            [listed.shape],
+            (q, k, w, *lists),
+            (1.0,),
+        ),
+        (
+            "gathered gradients",
+            indexer_union_backward,
+            cpu.indexer_gathered_backward,
+            shapes,
+            (listed, *exact, *lists),
+            (1.0,),
+        ),
     ):
         found, expected = ([zeros(shape) for shape in outs] for zeros in (cuda.zeros, np.zeros))
         launcher(cuda, "tf32" if cuda.tf32 else "3xtf32", *found, *map(cuda.to_device, given), *rest)

@@ -15,10 +15,11 @@
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-template <bool EXACT> using ScoresTile = MmaTile<128, 64, 32, 64, 4, EXACT, true, true>;
+// 3xTF32 takes the registers of half the columns of a warp
+template <bool EXACT>
+using ScoresTile = MmaTile<EXACT ? 64 : 128, 64, 32, EXACT ? 32 : 64, 4, EXACT, true, true>;
 
-// scores (B,R,S) for the queries at first ..; a block for each tile of 128 queries and 64 keys, grid (key tiles, query
-// tiles, B)
+// scores (B,R,S) for the queries at first ..; grid (key tiles, query tiles, B)
 template <bool EXACT>
 __device__ __forceinline__ void scores_tile(float* scores, const float* q, const float* k, const float* w, float scale,
                                             int R, int S, int Tq, int Tk, int HI, int dI, int own_keys, int first,
@@ -101,7 +102,7 @@ indexer_scores_forward_tf32_kernel(float* __restrict__ scores, const float* __re
     FOR_TENSOR_CORES(scores_tile<false>(scores, q, k, w, scale, R, S, Tq, Tk, HI, dI, own_keys, first, start);)
 }
 
-extern "C" __global__ void __launch_bounds__(128, 2)
+extern "C" __global__ void __launch_bounds__(128, 3)
 indexer_scores_forward_3xtf32_kernel(float* __restrict__ scores, const float* __restrict__ q,
                                      const float* __restrict__ k, const float* __restrict__ w, float scale, int R,
                                      int S, int Tq, int Tk, int HI, int dI, int own_keys, int first, int start) {
@@ -141,7 +142,7 @@ __device__ __forceinline__ void gate(float (&z)[M][N][4], const float* dscores, 
     }
 }
 
-// parts (ranges,B,R,HI*dI): each range's share of u. A warp has M x 16 queries, of one head; if EXACT they stay in shared
+// parts (ranges,B,R,HI*dI): each range's share of u. A warp has M x 16 queries of a head; if EXACT they stay in shared
 // memory, since splitting takes the registers. grid (query tiles, HI, B * ranges)
 template <bool EXACT, int HS, int M, int KEYS>
 __device__ __forceinline__ void scores_dq_tile(float* parts, const float* dscores, const float* q, const float* k,
@@ -192,8 +193,8 @@ __device__ __forceinline__ void scores_dq_tile(float* parts, const float* dscore
     }
 }
 
-// parts (ranges,B,T,.): what each range of queries adds to dk. A warp has M x 16 keys. grid (key tiles, HI if heads have
-// keys of their own, B * ranges)
+// parts (ranges,B,T,.): what each range of queries adds to dk. A warp has M x 16 keys. grid (key tiles, HI if heads
+// have keys of their own, B * ranges)
 template <bool EXACT, int HS, int M, int QUERIES>
 __device__ __forceinline__ void scores_dk_tile(float* parts, const float* dscores, const float* q, const float* k,
                                                const float* w, float scale, int B, int R, int S, int T, int HI, int dI,
@@ -278,8 +279,8 @@ __device__ __forceinline__ void scores_dk_tile(float* parts, const float* dscore
     }
 }
 
-// dk (B,T,C) += parts (ranges,B,T,C), of the ranges that have queries for a tile of `keys` keys; a thread for each value
-// up to the last query's key, grid (blocks, B)
+// dk (B,T,C) += parts (ranges,B,T,C), of the ranges that have queries for a tile of `keys` keys; a thread for a value
+// of the keys up to the last query's, grid (blocks, B)
 extern "C" __global__ void __launch_bounds__(256)
 indexer_join_kernel(float* __restrict__ dk, const float* __restrict__ parts, int B, int T, int C, int R, int first,
                     int keys, int range) {
@@ -331,8 +332,8 @@ indexer_scores_dk_tf32_64_kernel(float* __restrict__ parts, const float* __restr
                                  const float* __restrict__ q, const float* __restrict__ k,
                                  const float* __restrict__ w, float scale, int B, int R, int S, int T, int HI, int dI,
                                  int own_keys, int first, int range) {
-    FOR_TENSOR_CORES(
-        (scores_dk_tile<false, 64, 2, 32>(parts, dscores, q, k, w, scale, B, R, S, T, HI, dI, own_keys, first, range));)
+    FOR_TENSOR_CORES((
+        scores_dk_tile<false, 64, 2, 32>(parts, dscores, q, k, w, scale, B, R, S, T, HI, dI, own_keys, first, range));)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) DYNAMIC_SHARED(34048)
@@ -340,8 +341,8 @@ indexer_scores_dk_tf32_128_kernel(float* __restrict__ parts, const float* __rest
                                   const float* __restrict__ q, const float* __restrict__ k,
                                   const float* __restrict__ w, float scale, int B, int R, int S, int T, int HI,
                                   int dI, int own_keys, int first, int range) {
-    FOR_TENSOR_CORES(
-        (scores_dk_tile<false, 128, 1, 32>(parts, dscores, q, k, w, scale, B, R, S, T, HI, dI, own_keys, first, range));)
+    FOR_TENSOR_CORES((
+        scores_dk_tile<false, 128, 1, 32>(parts, dscores, q, k, w, scale, B, R, S, T, HI, dI, own_keys, first, range));)
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) DYNAMIC_SHARED(50432)
@@ -358,6 +359,6 @@ indexer_scores_dk_3xtf32_128_kernel(float* __restrict__ parts, const float* __re
                                     const float* __restrict__ q, const float* __restrict__ k,
                                     const float* __restrict__ w, float scale, int B, int R, int S, int T, int HI,
                                     int dI, int own_keys, int first, int range) {
-    FOR_TENSOR_CORES(
-        (scores_dk_tile<true, 128, 1, 32>(parts, dscores, q, k, w, scale, B, R, S, T, HI, dI, own_keys, first, range));)
+    FOR_TENSOR_CORES((
+        scores_dk_tile<true, 128, 1, 32>(parts, dscores, q, k, w, scale, B, R, S, T, HI, dI, own_keys, first, range));)
 }

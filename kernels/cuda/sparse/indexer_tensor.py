@@ -3,7 +3,7 @@ are worth it."""
 
 from kernels.cuda.runtime.grid import THREADS, TILE_THREADS, ceil_div, warp_a_row
 
-ROWS, COLUMNS = 128, 64  # queries and keys of a tile of scores
+ROWS, COLUMNS = {"tf32": 128, "3xtf32": 64}, 64  # queries and keys of a tile of scores
 STAYING = {64: 128, 128: 64}  # padded head size: queries or keys that stay in a block of a gradient's kernel
 WIDEST = max(STAYING)  # the widest heads that have such kernels
 RANGE_KEYS, RANGE_QUERIES = 1024, 512  # that pass by them at most
@@ -20,7 +20,7 @@ def tensor_scores_forward(cuda, products, scores, q, k, w, scale, first, start=0
     Tq, HI = w.shape[1:]
     dI = q.shape[2] // HI
     args = (scores, q, k, w, scale, R, S, Tq, k.shape[1], HI, dI, int(k.shape[2] > dI), first, start)
-    grid = ceil_div(S, COLUMNS), ceil_div(R, ROWS), B
+    grid = ceil_div(S, COLUMNS), ceil_div(R, ROWS[products]), B
     cuda.launch(f"indexer_scores_forward_{products}_kernel", grid, TILE_THREADS, args)
 
 

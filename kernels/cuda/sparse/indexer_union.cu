@@ -398,28 +398,6 @@ indexer_union_join_kernel(float* __restrict__ dk, const float* __restrict__ part
     }
 }
 
-// rows of the union on their way to a tile; the lane of each has its id, -1 if there is none
-template <int HS>
-__device__ __forceinline__ void fetch_listed(Pack<4>* tile, const float* rows, int stride, int id, int hs,
-                                             bool packed) {
-    constexpr int STEP = TILE_THREADS / CHUNKS<HS>;
-    const int row = threadIdx.x / CHUNKS<HS>, chunk = threadIdx.x % CHUNKS<HS>;
-#pragma unroll
-    for (int n = 0; n < PASSING / STEP; n++) {
-        const int of_row = __shfl_sync(ALL_LANES, id, row + n * STEP);
-        const float* from = rows + (size_t)max(of_row, 0) * stride + chunk * 4;
-        Pack<4>* to = tile + (row + n * STEP) * STRIDE<HS> + chunk;
-        const int left = of_row >= 0 ? hs - chunk * 4 : 0;
-        if (packed) {
-            copy_later<16>(to, from, left > 0);
-        } else {
-#pragma unroll
-            for (int j = 0; j < 4; j++) { copy_later<4>(reinterpret_cast<float*>(to) + j, from + j, j < left); }
-        }
-    }
-    commit_copies();
-}
-
 // dq (B,T,HI*dI), dw (B,T,HI): a warp has 16 queries of a head; grid (tiles, HI, B)
 template <bool EXACT, int HS>
 __device__ __forceinline__ void gathered_dq(float* dq, float* dw, const float* dscores, const float* q, const float* k,
@@ -437,7 +415,8 @@ __device__ __forceinline__ void gathered_dq(float* dq, float* dw, const float* d
     const size_t row = (b * T + mine) * stride + j * dI;
     const auto id = [&](int first) { return first + lane < list.n ? list.ids[first + lane] : -1; };
 
-    fetch_listed<HS>(shared, keys, dI, id(0), dI, packed);
+    gather<HS, PASSING, TILE_THREADS>(shared, keys, dI, id(0), dI, packed);
+    commit_copies();
     Rows<HS, 1, EXACT> rows(shared + 2 * TILE);
     load_rows<EXACT>(rows, q + row, stride, T - mine, dI, packed);
     int next_id = id(PASSING), stage = 0;
@@ -450,7 +429,8 @@ __device__ __forceinline__ void gathered_dq(float* dq, float* dw, const float* d
         const unsigned mask = list.mask(warp / 2, first + lane) >> warp % 2 * 16 & 0xffffu;
         await<EXACT, HS, PASSING>(now, false);
         if (first + PASSING < list.n) {
-            fetch_listed<HS>(shared + stage, keys, dI, next_id, dI, packed);
+            gather<HS, PASSING, TILE_THREADS>(shared + stage, keys, dI, next_id, dI, packed);
+            commit_copies();
             next_id = id(first + 2 * PASSING);
         }
         if (!__any_sync(ALL_LANES, mask != 0)) { continue; }

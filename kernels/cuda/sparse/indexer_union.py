@@ -8,7 +8,7 @@ from kernels.cuda.sparse.union_lists import selected_bits, union_keys
 PARTS = 128 << 20  # bytes of the parts of dk that are in memory at a time: those of all 64 query tiles at T = 4096
 
 
-def union_forward(cuda, products, scores, q, k, w, index, count, scale):
+def indexer_union_forward(cuda, products, scores, q, k, w, index, count, scale):
     """indexer_gathered_forward; products: "tf32" or "3xtf32"."""
     B, T, K = scores.shape
     (HI, dI), size = (w.shape[2], k.shape[2]), padded_width(k.shape[2])
@@ -19,7 +19,7 @@ def union_forward(cuda, products, scores, q, k, w, index, count, scale):
     cuda.launch(f"indexer_union_forward_{products}_{size}_kernel", grid, TILE_THREADS, args)
 
 
-def union_backward(cuda, products, dq, dk, dw, dscores, q, k, w, index, count, scale):
+def indexer_union_backward(cuda, products, dq, dk, dw, dscores, q, k, w, index, count, scale):
     """indexer_gathered_backward; products: "tf32" or "3xtf32"."""
     B, T, K = dscores.shape
     (HI, dI), size = (w.shape[2], k.shape[2]), padded_width(k.shape[2])

@@ -5,10 +5,10 @@
 //                                     digits found so far; then one pass that writes what is above, and of equals the
 //                                     last ones. Each pass reads the row again, and most scores meet in a few bins of
 //                                     the first histogram, one after another
-//   v3 the row in registers (this)    read once, up to 8192 keys. Digits of 11 bits: the first tells scores of an octave
-//                                     apart, and the others come only where a bin is not wanted as a whole. A warp has
-//                                     neighbouring keys, so it takes two barriers to know how many are chosen in front
-//                                     of them: topk.cuh
+//   v3 the row in registers (this)    read once, up to 8192 keys. Digits of 11 bits: the first tells quarters of an
+//                                     octave apart, and the others come only where a bin is not wanted as a whole. A
+//                                     warp has neighbouring keys, so it takes two barriers to know how many are chosen
+//                                     in front of them: topk.cuh
 //
 // A row that keeps all its keys is not looked at.
 
