@@ -2,13 +2,13 @@
 
     make recall                                      # seven arms, two seeds; the table goes into doc/ and README.md
     python experiments/recall.py --seeds 3,4,5       # more seeds; finished runs in build/recall are kept
-    python experiments/recall.py --arm share         # this arm alone; the others keep what experiments/recall.json has
+    python experiments/recall.py --arm 'one list'    # this arm alone; the others keep what experiments/recall.json has
     python experiments/recall.py --no-runs           # the tables anew, from experiments/recall.json
 
 For each seed a dense model of 0.13M parameters learns the task (600 steps). From its weights every arm goes on for 300
 steps with T = 128 and, but for dense, k = 16 keys a query; the indexers' arms first warm their indexer up (150 steps).
-An answer stands 33 to 126 tokens back: a window of the last 16 keys, in two layers, cannot reach it. Queries that share
-keys have the last 9 to 16 and 4 that the tile of 8 before chose: 1,984 pairs, where the other arms keep 1,928.
+An answer stands 33 to 126 tokens back: a window of the last 16 keys, in two layers, cannot reach it. Queries with one
+list have the last 9 to 16 keys and 4 that the 8 queries before chose: 1,984 pairs, where the other arms keep 1,928.
 """
 
 import os
@@ -51,7 +51,7 @@ ARMS = {  # name in the table: flags
     "random": f"{SPARSE} --selector random -n 300",
     "indexer, untrained": f"{SPARSE} --train-indexer 0 -n 300",
     "recency (last 16)": f"{SPARSE} --selector recency -n 300",
-    "indexer, keys shared by 8 queries": f"--top-k 20 --share 8 {INDEXER} --indexer-warmup 150 -n 450",
+    "indexer, one list for 8 queries": f"--top-k 20 --share 8 {INDEXER} --indexer-warmup 150 -n 450",
 }
 ANSWERS = re.compile(r"answers: accuracy ([\d.]+)(?:, source selected ([\d., ]+))?")
 LAYER = re.compile(r"layer \d+: (?:KL ([\d.]+), )?recall@k ([\d.]+), mass@k ([\d.]+), kept ([\d.]+) of (\d+) pairs")

@@ -131,7 +131,7 @@ def conflict(s: Sparsity) -> tuple[str, str]:
         return f"--legacy-leak with {other}: it takes the same k for all queries", hint
     if s.share > 1 and (s.leak or s.adapts):
         other = "--legacy-leak" if s.leak else other
-        return f"--share with {other}: queries that share keys have one k, and none of the future", "--share 1"
+        return f"--share with {other}: queries with one list have one k, and no keys of the future", "--share 1"
     least, k = 2 * s.share + s.sink, min(s.k)
     if s.share > 1 and k < least:
         kept = f"two tiles of {s.share}{' and the first key' if s.sink else ''}"
@@ -464,7 +464,7 @@ def print_sparsity(s: Sparsity, T: int):
     if s.adapts:
         table.row("k adapts", f"{s.selector if s.adaptive == 'none' else s.adaptive}, coverage {s.coverage:g}")
     if s.share > 1:
-        table.row("queries that share keys", f"{s.share}: keys of two tiles, others by the tile before's scores")
+        table.row("queries with one list", f"{s.share}: keys of two tiles, others by the tile before's scores")
     for k in ks:
         nominal, pairs, full = 100 * min(k, T) / T, kept_pairs(k, T, s.share), T * (T + 1) // 2
         table.row(f"k = {k}", f"nominal {nominal:.1f}%, of causal pairs {100 * pairs / full:.1f}% ({pairs} / {full})")

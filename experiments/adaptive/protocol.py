@@ -33,7 +33,7 @@ INDEXER = "--indexer-dim 16"
 GO_ON = "--lr-schedule cosine --final-lr-frac 0.1 --warmup 20 --beta2 0.95 --grad-clip 1 -l 1e-3"
 LEARN = "--attention dense --lr-schedule linear --warmup 50 --beta2 0.95 --grad-clip 1 -l 3e-3"
 FIXED = ("keep 0.25", "keep 0.5", "keep 0.75")
-SHARED = ("share 0.25", "share 0.5")  # T/16 queries share their keys; as many pairs as that keep has, to 3 %
+SHARED = ("share 0.25", "share 0.5")  # one list for T/16 queries; as many pairs as that keep has, to 3 %
 MATCHED = ("indexer", "recency", "random", "oracle", "untrained")  # at the k that keeps as many pairs as prefix
 IDS = 64  # of the random tokens
 
@@ -198,7 +198,7 @@ def report(found: list[dict]) -> str:
             parts.append(table(("arm", "pairs kept, %", "loss", "against dense", *answers, "thousand tokens/s"), rows))
     parts += ["The questions, at as many kept pairs as prefix has:\n", table(("question", "found"), questions(found))]
     if rows := sharing(found):
-        parts += ["Keys shared by T/16 queries, at as many kept pairs:\n", table(("question", "found"), rows)]
+        parts += ["One list for T/16 queries, at as many kept pairs:\n", table(("question", "found"), rows)]
     parts += ["Random tokens, ln 64 = 4.1589 is the floor for who does not see the future:\n", leaks(found)]
     parts += ["Mean k of a query:\n", controllers(found), claims(judged(found))]
     return "\n".join(parts)
@@ -223,7 +223,7 @@ def sharing(found: list[dict]) -> list[list[str]]:
             for arm in (arm for arm in SHARED if there(found, task, T, arm)):
                 own, dense = of(found, task, T, arm.replace("share", "keep")), of(found, task, T, "dense")
                 difference = 100 * (of(found, task, T, arm) - own) / dense
-                found_ = verdict(difference, "a list of its own is better", "shared is better", " %")
+                found_ = verdict(difference, "a list of its own is better", "one list is better", " %")
                 rows.append([f"{task} {T}: {arm} against a list for each query", found_])
     return rows
 

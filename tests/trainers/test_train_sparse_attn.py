@@ -665,7 +665,7 @@ def test_the_table_tells_nominal_and_effective_shares(folder, train):
     assert row("attention", "dense") in out and "nominal" not in out
 
 
-def test_the_table_tells_who_shares_keys(train):
+def test_the_table_tells_how_many_queries_have_one_list(train):
     out = done(train(f"{SMALL} --top-k 10 --share 3 -t 32 -b 1 -n 1")).out
     row = "| {:<21} | {:<50} |\n".format
     # tiles of 3 have 3 + 1, 2, 3 keys, and from the third on 3, then 4 chosen ones
@@ -673,7 +673,7 @@ def test_the_table_tells_who_shares_keys(train):
     assert pairs == 251 and pairs == sum(
         min(3 * max(t // 3 - 1, 0), 4) + t - 3 * max(t // 3 - 1, 0) + 1 for t in range(32)
     )
-    assert row("queries that share keys", "3: keys of two tiles, others by the tile before's scores") in out
+    assert row("queries with one list", "3: keys of two tiles, others by the tile before's scores") in out
     assert f"({pairs} / 528)" in out
     assert [float(kept) for kept in re.findall(r"kept ([\d.]+) of 528 pairs", out)] == [pairs] * 4
 
