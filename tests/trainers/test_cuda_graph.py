@@ -11,7 +11,7 @@ import train_banded
 import train_sparse_attn
 import train_toroidal
 from kernels import cuda
-from kernels.cuda.sparse import sparse_attention
+from kernels.cuda.sparse import indexer, sparse_attention
 from kernels.graph import Replay
 from llmc.checkpoint import Model, write_model
 from llmc.errors import UserError
@@ -104,11 +104,13 @@ def test_sparse(more, launches, run_trainer, folder):
     check_same(run_trainer, folder, train_sparse_attn, launches, **CHANGING | more)
 
 
-def test_sparse_where_64_queries_share_their_keys(run_trainer, folder, monkeypatch):
+@pytest.mark.parametrize("launcher, name", [(sparse_attention, "union_mean"), (indexer, "indexer_union_backward")])
+def test_sparse_where_64_queries_share_their_keys(launcher, name, run_trainer, folder, monkeypatch):
     """The trial comes before the first graph; lists are made in it."""
-    calls, union_mean = [], sparse_attention.union_mean
-    monkeypatch.setattr(sparse_attention, "WORTH", 0)
-    monkeypatch.setattr(sparse_attention, "union_mean", lambda *args: (calls.append(args), union_mean(*args)))
+    calls, shared = [], getattr(launcher, name)
+    monkeypatch.setattr(launcher, "WORTH", 0)
+    monkeypatch.setattr(indexer, "FEW", 0)
+    monkeypatch.setattr(launcher, name, lambda *args: (calls.append(args), shared(*args)))
     check_same(run_trainer, folder, train_sparse_attn, 12 + 5 + 5, capability=(9, 0), **CHANGING, **SELECTION)
     assert len(calls) > 2 * (1 + 6)  # of both runs: the trial, and the steps of the eager one at least
 
