@@ -29,6 +29,7 @@ import numpy as np
 
 from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
+from kernels.cpu.sparse.share_topk import tile_sums
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
@@ -58,7 +59,7 @@ from systems.sparsity import (
 WRITTEN = ("qkvw", "attprojw", "fcw", "fcprojw")  # GPT-2
 WRITTEN += ("qaw", "qbw", "kvaw", "kvbw", "routerw", "expertw", "expertprojw", "headw")  # DeepSeek
 WRITTEN += ("idxqw", "idxkw", "idxww")  # indexer
-SCRATCH = ("btc", "scores", "p", "dense_lse")  # activations that are one buffer for all layers
+SCRATCH = ("btc", "scores", "p", "dense_lse", "sums")  # activations that are one buffer for all layers
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -190,6 +191,8 @@ class Selection(Part):
                 count=(B, T),  # how many it has
                 index=(B, T, min(s.k[l], keys)),  # where they are, then -1
             )
+        if s.share > 1:
+            shapes |= dict(sums=(B, tile_sums(self.rows, s.share), keys))  # of the scores of a tile's queries, by tile
         if s.adaptive == "prefix":
             shapes |= dict(
                 features=(B, T, FEATURES),  # what the tokens up to a query are like
@@ -218,6 +221,9 @@ class Selection(Part):
             a.keep.fill(s.k[l])
         for first, scores in query_blocks(a.scores, B, start, start + T, self.rows):
             self.score(l, a, scores, first, start)
+            if s.share > 1:
+                ops.share_topk(a.index, a.count, a.sums, scores, s.k[l], s.share, first, start, int(s.sink))
+                continue
             if s.selector == "top-p":
                 ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
             if s.adaptive == "prefix":
@@ -309,7 +315,7 @@ class GPT2:
         ops, c, B, T, N = self.ops, self.config, self.B, self.T, self.B * self.T
         kept = {name: (B, T, channels) for name, channels in (self.attention.kept() | self.indexer.kept()).items()}
         shapes = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
-        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch})
+        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch if name in shapes[0]})
         own = [{name: shape for name, shape in each.items() if name not in self.scratch} for each in shapes]
         layers = [allocate(ops, each, self.integers) for each in own]
         rest = dict(
@@ -526,7 +532,7 @@ class GPT2:
     def extend(self, tokens: np.ndarray, start: int, dense: bool = False) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
 
-        What is kept of every position: key and value, in MLA their common latent, and the indexer's key.
+        What is kept of every position: key and value, in MLA their common latent, and the indexer's key; of all: sums.
         """
         ops, p, n, dense = self.ops, self.params, len(tokens), dense or self.always_dense
         if self.decoder is None:
@@ -561,13 +567,12 @@ class GPT2:
         return ops.to_host(decoder.logits)[0, : self.config.V]
 
     def decoder_layer(self, l: int, n: int, start: int) -> SimpleNamespace:
-        """Layer l's activations for n new tokens: rows that all layers share, and what is kept of every position."""
-        decoder, end, adaptive = self.decoder, start + n, self.sparsity.adaptive
+        """Layer l's activations for n new tokens: rows that all layers share, and what is kept from call to call."""
+        decoder, end = self.decoder, start + n
         layer = vars(first_of(decoder.rows, self.layer_shapes(l, self.decoding, 1, n, end)))
         layer |= {name: cache[l, :, :end] for name, cache in vars(decoder.kept).items()}  # (1,end,channels)
-        if adaptive == "prefix":
-            layer["state"] = decoder.state[l]
-        elif adaptive == "upstream":
+        layer |= {name: of_layers[l] for name, of_layers in vars(decoder.carried).items()}
+        if self.sparsity.adaptive == "upstream":
             layer["ln1"] = layer["seen"][0, start:]
         return SimpleNamespace(**layer)
 
@@ -579,7 +584,6 @@ class GPT2:
             rows["tile_expert"] = rows["source"]  # fewer tokens have smaller tiles, and more of them
         self.decoder = allocate(ops, dict(
             encoded=(maxT, c.C),
-            state=(c.L, 1, 4, c.C),
             lnf=(1, c.C),
             lnf_mean=(1,),
             lnf_rstd=(1,),
@@ -587,6 +591,7 @@ class GPT2:
         ))  # fmt: skip
         self.decoder.tokens = ops.zeros((1, maxT), np.int32)
         self.decoder.kept = allocate(ops, {name: (c.L, 1, maxT, channels) for name, channels in kept.items()})
+        self.decoder.carried = allocate(ops, {name: (c.L, *rows[name]) for name in ("state", "sums") if name in rows})
         self.decoder.rows = allocate(ops, rows, self.integers)
 
 

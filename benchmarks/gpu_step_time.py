@@ -57,6 +57,7 @@ PROGRAMS = {
     "both256": "ours, FC1 and FC2 banded, w = 256",
     "toroidal": "ours, toroidal, all layers, depth 2",
     "sparse": "ours, indexer, k = 256",
+    "shared": "ours, indexer, k = 256, one list for 64 queries",
     "recency": "ours, recency, k = 256",
     "torch": "PyTorch eager",
     "compiled": "PyTorch compiled",
@@ -79,9 +80,9 @@ class Size(NamedTuple):
 SIZES = {
     "124M": Size(GPT2Config(), 4, 1024, ("dense", "own", "both256", "toroidal")),
     "tiny": Size(step_time.SIZES["tiny"].config, 4, 64, ("dense", "both256", "toroidal")),
-    "long": Size(GPT2Config(maxT=4096, L=4), 1, 4096, ("dense", "sparse", "recency")),
+    "long": Size(GPT2Config(maxT=4096, L=4), 1, 4096, ("dense", "sparse", "shared", "recency")),
 }
-PROFILED = {"124M": ("dense", "both256", "toroidal"), "tiny": ("dense",), "long": ("dense", "sparse")}
+PROFILED = {"124M": ("dense", "both256", "toroidal"), "tiny": ("dense",), "long": ("dense", "sparse", "shared")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,13 +93,14 @@ def our_model(program: str, size: Size, device):
     """A trainer's model, and its backward and update as functions of t."""
     config, B, T, _ = size
     params = gpt2_init(config, 1)
-    if program in ("sparse", "recency"):
+    if program in ("sparse", "shared", "recency"):
         from systems.sparsity import Sparsity, extra_init
         from train_sparse_attn import GPT2
 
-        learns = program == "sparse"
+        learns, k = program != "recency", min(K, T)
         selector, indexer = ("indexer", "lightning") if learns else ("recency", "none")
-        sparsity = Sparsity((min(K, T),) * config.L, selector=selector, indexer=indexer)
+        share = k // 4 if program == "shared" else 1
+        sparsity = Sparsity((k,) * config.L, selector=selector, indexer=indexer, share=share)
         params = np.concatenate([params, extra_init(Model(config, params), sparsity, "", 1)])
         model = GPT2(device, config, sparsity, params, B, T)
         return model, lambda: model.backward(indexer=learns), lambda t: model.update(t, 1e-4, learns * t, 2e-3)

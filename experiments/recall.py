@@ -1,12 +1,14 @@
 """Tagged recall (data/recall.py): does the indexer find the one key that matters?
 
-    make recall                                      # six arms, two seeds; the table goes into doc/ and README.md
+    make recall                                      # seven arms, two seeds; the table goes into doc/ and README.md
     python experiments/recall.py --seeds 3,4,5       # more seeds; finished runs in build/recall are kept
+    python experiments/recall.py --arm 'one list'    # this arm alone; the others keep what experiments/recall.json has
     python experiments/recall.py --no-runs           # the tables anew, from experiments/recall.json
 
 For each seed a dense model of 0.13M parameters learns the task (600 steps). From its weights every arm goes on for 300
-steps with T = 128 and, but for dense, k = 16 keys a query; the indexer's arm first warms its indexer up (150 steps).
-An answer stands 33 to 126 tokens back: a window of the last 16 keys, in two layers, cannot reach it.
+steps with T = 128 and, but for dense, k = 16 keys a query; the indexers' arms first warm their indexer up (150 steps).
+An answer stands 33 to 126 tokens back: a window of the last 16 keys, in two layers, cannot reach it. Queries with one
+list have the last 9 to 16 keys and 4 that the 8 queries before chose: 1,984 pairs, where the other arms keep 1,928.
 """
 
 import os
@@ -40,7 +42,8 @@ COMMON = f"-b 32 -t {T} --weight-decay 0.1 --decay-all 0 --beta2 0.95 --grad-cli
 COMMON += " --answers-after 256:288 --device cpu"
 LEARN = "--attention dense -n 600 -l 3e-3 --lr-schedule linear -v 100"
 GO_ON = "-l 1e-3 --lr-schedule cosine --final-lr-frac 0.1 -v 150"
-SPARSE = f"--top-k {K} --indexer-dim 16 --indexer-lr-sparse 2e-3"
+INDEXER = "--indexer-dim 16 --indexer-lr-sparse 2e-3"
+SPARSE = f"--top-k {K} {INDEXER}"
 ARMS = {  # name in the table: flags
     "dense": "--attention dense -n 300",
     "oracle (dense attention's own top k)": f"{SPARSE} --selector oracle -n 300",
@@ -48,6 +51,7 @@ ARMS = {  # name in the table: flags
     "random": f"{SPARSE} --selector random -n 300",
     "indexer, untrained": f"{SPARSE} --train-indexer 0 -n 300",
     "recency (last 16)": f"{SPARSE} --selector recency -n 300",
+    "indexer, one list for 8 queries": f"--top-k 20 --share 8 {INDEXER} --indexer-warmup 150 -n 450",
 }
 ANSWERS = re.compile(r"answers: accuracy ([\d.]+)(?:, source selected ([\d., ]+))?")
 LAYER = re.compile(r"layer \d+: (?:KL ([\d.]+), )?recall@k ([\d.]+), mass@k ([\d.]+), kept ([\d.]+) of (\d+) pairs")
@@ -92,8 +96,11 @@ def figures(text: str) -> dict:
     }
 
 
-def arms_of(seed: int, folder: Path) -> dict:
-    """All arms of a seed: {arm: figures}. Raises UserError if the dense model has not learnt the task."""
+def arms_of(seed: int, folder: Path, only: str = "") -> dict:
+    """The arms of a seed that have `only` in their names: {arm: figures}, and how the dense model learnt.
+
+    Raises UserError if it has not learnt the task.
+    """
     data = f"-i {folder / 'recall_train.bin'} -j {folder / 'recall_val.bin'} --seed {seed}"
     model, dense = folder / f"model_{seed}.bin", folder / f"dense_{seed}.bin"
     subprocess.run(
@@ -106,7 +113,8 @@ def arms_of(seed: int, folder: Path) -> dict:
         raise UserError(f"seed {seed}: dense attention has {learnt['accuracy']} of the answers", "take another seed")
     found = {"learn": learnt}
     for number, (arm, flags) in enumerate(ARMS.items()):
-        found[arm] = figures(output(folder, f"arm{number}_{seed}", f"-e {dense} {data} {COMMON} {GO_ON} {flags}"))
+        if only in arm:
+            found[arm] = figures(output(folder, f"arm{number}_{seed}", f"-e {dense} {data} {COMMON} {GO_ON} {flags}"))
     return found
 
 
@@ -165,18 +173,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", default="3,4", help="seeds, each from its own random model")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "recall", help="where runs are kept")
+    parser.add_argument("--arm", default="", help="run those that have this in their names, keep the others' results")
     parser.add_argument("--no-runs", action="store_true", help="write the tables anew from experiments/recall.json")
     args = parser.parse(argv)
     if args.no_runs:
         return write_tables(json.loads(RESULTS.read_text()))
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise UserError(f"--seeds {args.seeds}: expected numbers, as in 3,4", exit_code=2)
+    if not any(args.arm in arm for arm in ARMS):
+        raise UserError(f"--arm {args.arm}: in no arm's name", f"arms: {'; '.join(ARMS)}", 2)
     seeds = [int(seed) for seed in args.seeds.split(",")]
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "recall_train.bin").exists():
         subprocess.run(command("data/recall.py", f"-o {args.folder}"), check=True)
     with ThreadPoolExecutor(max(1, num_threads())) as pool:
-        results = dict(zip(seeds, pool.map(lambda seed: arms_of(seed, args.folder), seeds)))
+        results = dict(zip(map(str, seeds), pool.map(lambda seed: arms_of(seed, args.folder, args.arm), seeds)))
+    if args.arm:
+        results = {seed: found | results.get(seed, {}) for seed, found in json.loads(RESULTS.read_text()).items()}
     with atomic_write(RESULTS) as file:
         file.write((json.dumps(results, indent=1) + "\n").encode())
     return write_tables(results)

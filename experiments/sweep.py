@@ -40,7 +40,8 @@ class Run:
     """`trainer` with `flags`, from a model that `model` and `change` make or from the checkpoint of the run `after`.
 
     All runs of a seed share initial weights and order of data. {k} in the flags is the k at which a fixed number of
-    keys keeps as many pairs as the run `match` did.
+    keys keeps as many pairs as the run `match` did. later: the run was added when results were on file, and a seed is
+    complete without it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Run:
     change: str = ""  # flags of experiments/initial_model.py
     after: str = ""
     match: str = ""
+    later: bool = False
     settings: dict = field(default_factory=dict, hash=False)  # what the tables group by
 
     def flag(self, name: str) -> str:
@@ -213,8 +215,9 @@ class Sweep:
         found = []
         for seed in sorted({int(name.rpartition(".")[2]) for name in names}):
             runs = self.runs(seed)
-            if all(self.path(each).exists() for each in runs):
-                found += [self.read(each) for each in runs]
+            there = [each for each in runs if self.path(each).exists()]
+            if all(each.later or each in there for each in runs):
+                found += [self.read(each) for each in there]
         return found
 
     def read(self, each: Run) -> dict:

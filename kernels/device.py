@@ -155,6 +155,9 @@ class Device(Protocol):
     def select_topk(self, index, count, scores, keep, first, start=0, force_self=1, sink=0, leak=0):
         """index (B,Tq,K), count (B,Tq): the keys of the keep (B,Tq) highest scores (B,R,S), ascending, then -1."""
 
+    def share_topk(self, index, count, sums, scores, k, share, first, start=0, sink=0):
+        """index (B,Tq,K), count (B,Tq) of tiles of `share` queries: the highest sums (B,M,S) of scores (B,R,S)."""
+
     def mass_count(self, keep, scores, mass, first, start=0, softmax=1):
         """keep (B,Tq): how many keys hold `mass` of the scores (B,R,S), of their softmax if that is 1."""
 

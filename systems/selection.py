@@ -42,8 +42,15 @@ def add_report_options(parser: ArgumentParser) -> None:
     add("--answers-after", type=ids, metavar="FIRST:END", help="ids whose next token is an answer: report accuracy")
 
 
-def kept_pairs(k: int, T: int) -> int:
-    """How many (query, key) pairs T queries keep, query t those of min(k, t + 1) keys."""
+def kept_pairs(k: int, T: int, share: int = 1) -> int:
+    """How many (query, key) pairs T queries keep, query t those of min(k, t + 1) keys.
+
+    share: queries of a tile with one list, as kernels/cpu/sparse/share_topk.py says; k counts what the last has.
+    """
+    if share > 1:
+        t = np.arange(T)
+        left_out = t // share * share - share - (k - 2 * share)  # keys before the tile before, but for those chosen
+        return int((t + 1 - np.maximum(left_out, 0)).sum())
     k = min(k, T)
     return k * (k + 1) // 2 + (T - k) * k
 

@@ -2,10 +2,11 @@
 
 The fields behind kind SPARSE_ATTENTION, all int32 (coverage as the bits of a float32), then k for each layer:
 
-    layout 1, attention, selector, indexer, heads, width, rotated dims, force self, sink, adaptive, leak, coverage, seed
+    layout 2, attention, selector, indexer, heads, width, rotated dims, force self, sink, adaptive, leak, coverage,
+    seed, share
 
-A selector is a word in SELECTORS and a branch of Selection.score in train_sparse_attn.py. Files keep a word's place:
-new ones go to the end.
+Layout 1 has no share. A selector is a word in SELECTORS and a branch of Selection.score in train_sparse_attn.py. Files
+keep a word's place: new ones go to the end.
 """
 
 import struct
@@ -43,7 +44,7 @@ ADAPTIVE = ("none", "prefix", "upstream")
 MAX_LAYERS, MAX_HEADS, MAX_WIDTH = 100, 256, 1024
 CONTROLLER = ("ctlw1", "ctlb1", "ctlw2", "ctlb2")  # tensors of --adaptive prefix
 
-LAYOUT = 1  # the first field
+LAYOUT = 2  # the first field
 FIELDS = (
     Field("attention", ATTENTION),
     Field("selector", SELECTORS),
@@ -57,6 +58,7 @@ FIELDS = (
     Field("leak", bool),
     Field("coverage", Real(0, 1, above=True)),
     Field("seed", range(1 << 31)),
+    Field("share", range(1, 1 << 31)),  # since layout 2
 )
 HINT = "save it again with train_sparse_attn.py"
 
@@ -65,7 +67,8 @@ HINT = "save it again with train_sparse_attn.py"
 class Sparsity:
     """attention: what the model runs; k: how many keys a query of each layer keeps at most; the rest by their flags.
 
-    coverage is the share of attention that top-p keeps and that --adaptive prefix learns to keep.
+    coverage is the share of attention that top-p keeps and that --adaptive prefix learns to keep. share: queries of a
+    tile with one list of keys (kernels/cpu/sparse/share_topk.py), 1: each has its own.
     """
 
     k: tuple[int, ...]
@@ -81,6 +84,7 @@ class Sparsity:
     leak: bool = False
     coverage: float = 0.95
     seed: int = 1
+    share: int = 1
 
     @property
     def adapts(self) -> bool:
@@ -99,32 +103,41 @@ class Sparsity:
 
 def read_fields(fields: tuple[int, ...], layers: int, positions: int, name: str) -> Sparsity:
     """The Sparsity of header fields. Raises UserError naming the file `name` for anything out of range."""
-    if fields[0] != LAYOUT:
-        raise UserError(f"{name}: layout {fields[0]} of the sparse attention's fields, expected {LAYOUT}", HINT)
+    if fields[0] not in (1, LAYOUT):
+        raise UserError(f"{name}: layout {fields[0]} of the sparse attention's fields, expected 1 or {LAYOUT}", HINT)
     if layers > MAX_LAYERS:
         raise UserError(f"{name}: {layers} layers, the header has room for {MAX_LAYERS}", HINT)
-    values, behind = header.read_fields(FIELDS, fields[1:], name, HINT), 1 + len(FIELDS)
+    there = FIELDS if fields[0] == LAYOUT else FIELDS[:-1]
+    values, behind = header.read_fields(there, fields[1:], name, HINT), 1 + len(there)
     s = Sparsity(k=tuple(fields[behind : behind + layers]), **values)
     header.check_range(s.rotated, range(s.width + 1), "rotated dims", name, HINT)
     for l, k in enumerate(s.k):
         header.check_range(k, range(1, positions + 1), f"k of layer {l}", name, HINT)
     if s.rotated % 2:
         raise UserError(f"{name}: {s.rotated} rotated dims of the indexer, expected an even number", HINT)
-    if wrong := conflict(s):
+    if wrong := conflict(s)[0]:
         raise UserError(f"{name}: {wrong.replace('--', '')}", HINT)
     return s
 
 
-def conflict(s: Sparsity) -> str:
-    """What does not go together, in terms of the flags; nothing if all does."""
+def conflict(s: Sparsity) -> tuple[str, str]:
+    """What does not go together, in terms of the flags, and what helps; nothing if all does."""
+    other, hint = "--selector top-p" if s.selector == "top-p" else f"--adaptive {s.adaptive}", "leave one of them out"
     if s.selector in SCORED and s.indexer == "none":
-        return f"--selector {s.selector} without an indexer"
+        return f"--selector {s.selector} without an indexer", hint
     if s.adaptive != "none" and s.selector != "indexer":
-        return f"--adaptive {s.adaptive} with --selector {s.selector}: it chooses k for --selector indexer alone"
+        return f"--adaptive {s.adaptive} with --selector {s.selector}: it chooses k for --selector indexer alone", hint
     if s.leak and s.adapts:
-        other = "--selector top-p" if s.selector == "top-p" else f"--adaptive {s.adaptive}"
-        return f"--legacy-leak with {other}: it takes the same k for all queries"
-    return ""
+        return f"--legacy-leak with {other}: it takes the same k for all queries", hint
+    if s.share > 1 and (s.leak or s.adapts):
+        other = "--legacy-leak" if s.leak else other
+        return f"--share with {other}: queries with one list have one k, and no keys of the future", "--share 1"
+    least, k = 2 * s.share + s.sink, min(s.k)
+    if s.share > 1 and k < least:
+        kept = f"two tiles of {s.share}{' and the first key' if s.sink else ''}"
+        hint = f"--top-k {least} or more, or a smaller --share"
+        return f"--share {s.share} with k = {k}: a query keeps {kept}", hint
+    return "", ""
 
 
 def is_mla(config: GPT2Config) -> bool:
@@ -223,6 +236,7 @@ SAVED = {  # flag: field of Sparsity
     "adaptive": "adaptive",
     "legacy_leak": "leak",
     "coverage": "coverage",
+    "share": "share",
 }
 OF_INDEXER = {"indexer": "indexer", "indexer_heads": "heads", "indexer_dim": "width", "indexer_rope": "rotated"}
 CHOICES = HOW_MANY | set(SAVED) | set(OF_INDEXER)
@@ -272,6 +286,7 @@ def add_sparsity_options(parser: ArgumentParser) -> None:
     add("--sink", type=flag01, default=False, help="1: and the first one")
     add("--adaptive", choices=ADAPTIVE, default="none", help="k by query (prefix) or, acausal, sequence (upstream)")
     add("--coverage", type=coverage, default="0.95", help="share of attention that top-p keeps, prefix learns to keep")
+    add("--share", type=positive_int, default=1, help="neighbouring queries with one list of keys; 64 suits a GPU")
     add("--legacy-leak", type=flag01, default=False, help="1: k keys for the first queries, too, so future ones")
     add = parser.add_argument_group("indexer (sizes: of the -e file, if it has one)").add_argument
     add("--indexer", choices=INDEXERS[1:], default="lightning", help="upstream: a key per head, constant head weights")
@@ -333,8 +348,8 @@ def choose_sparsity(args: Namespace, typed: set[str], file: Model) -> Sparsity:
         check_indexer(args, typed, old)
     elif chosen.selector in SCORED:
         chosen = with_indexer(args, chosen, config.R if isinstance(config, DeepSeekConfig) else 0)
-    wrong = conflict(chosen)
-    refuse([(wrong, wrong, "leave one of them out")])
+    wrong, hint = conflict(chosen)
+    refuse([(wrong, wrong, hint)])
     return chosen
 
 
@@ -434,7 +449,8 @@ def description(s: Sparsity) -> str:
     if s.attention == "dense":
         return "dense"
     adaptive = "" if s.adaptive == "none" else f", adaptive {s.adaptive}"
-    return f"sparse, {s.selector}{adaptive}, k = {', '.join(map(str, s.k if len(set(s.k)) > 1 else s.k[:1]))}"
+    shared = "" if s.share == 1 else f", shared by {s.share}"
+    return f"sparse, {s.selector}{adaptive}{shared}, k = {', '.join(map(str, s.k if len(set(s.k)) > 1 else s.k[:1]))}"
 
 
 def print_sparsity(s: Sparsity, T: int):
@@ -447,8 +463,10 @@ def print_sparsity(s: Sparsity, T: int):
     table.row("k of a query, at most", ", ".join(map(str, s.k if len(ks) > 1 else ks)))
     if s.adapts:
         table.row("k adapts", f"{s.selector if s.adaptive == 'none' else s.adaptive}, coverage {s.coverage:g}")
+    if s.share > 1:
+        table.row("queries with one list", f"{s.share}: keys of two tiles, others by the tile before's scores")
     for k in ks:
-        nominal, pairs, full = 100 * min(k, T) / T, kept_pairs(k, T), T * (T + 1) // 2
+        nominal, pairs, full = 100 * min(k, T) / T, kept_pairs(k, T, s.share), T * (T + 1) // 2
         table.row(f"k = {k}", f"nominal {nominal:.1f}%, of causal pairs {100 * pairs / full:.1f}% ({pairs} / {full})")
     if s.indexer != "none":
         table.row("indexer", f"{s.indexer}, {s.heads} heads x {s.width}, {s.rotated} rotated")

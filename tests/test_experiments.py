@@ -16,11 +16,12 @@ import pytest
 
 from data.create_model import main as create_model
 from experiments import draw_band, draw_selection, draw_torus, stats, sweep
+from experiments.adaptive.protocol import SHARED, shared
 from experiments.initial_model import main as initial_model
 from experiments.report import verdict
 from experiments.run import BEGIN, END, FOLDER, FRONT, NAMES, block, front
 from experiments.run import main as run_experiments
-from experiments.sweep import Sweep
+from experiments.sweep import Sweep, write_result
 from llmc.checkpoint import named_views, read_model, tensor_shapes
 from llmc.dataloader import write_tokens
 from llmc.errors import UserError
@@ -200,6 +201,41 @@ def test_reports_of_a_sweep_that_has_only_begun(name, seeds, tmp_path):
     assert "nan" not in text and "inf" not in text.replace("find", "") and " - |" not in text
     assert bool(re.search(r"\[[+-]\d", text)) == (seeds > 1) and text.count("| published claim |") == 1
     assert ("of one seed, which shows nothing" in text) == (seeds == 1 and name != "optimal_sparsity")
+
+
+def test_runs_that_were_added_later_are_not_needed(tmp_path):
+    """Experiment 3 is complete without keys that queries share; its tables have an arm once every seed does."""
+    this, rng, texts = Sweep("adaptive", "smoke", tmp_path), np.random.default_rng(0), []
+    results = [made_up(each, rng) for seed in (1, 2) for each in this.runs(seed)]
+    later = {each.name for each in this.runs(1) if each.later}
+    assert len(later) == 4 and all("share" in name for name in later)
+    for names in (set(), {"text_32_share_0_5"}, later):  # of seed 2, which lacks the others
+        for path in tmp_path.rglob("*.json"):
+            path.unlink()
+        for each, result in zip([*this.runs(1), *this.runs(2)], results):
+            if not each.later or each.seed == 1 or each.name in names:
+                write_result(this.path(each), result)
+        found = this.complete()
+        assert len(found) == len(results) - 4 + len(names)
+        texts.append(this.protocol.report(found))
+    shared = [re.findall(r"^\| (.* against a list for each query) \|", text, re.M) for text in texts]
+    assert [len(rows) for rows in shared] == [0, 1, 4] and shared[1] == [
+        "text 32: share 0.5 against a list for each query"
+    ]
+    assert [text.count("\n| share 0.5 |") for text in texts] == [0, 1, 2]
+    for each in this.runs(1):  # without a seed's other runs it is not complete
+        if each.name == "text_32_prefix":
+            this.path(each).unlink()
+    assert {result["seed"] for result in this.complete()} == {2}
+
+
+def test_shared_keys_have_as_many_pairs():
+    for T in (32, 64, 128, 256):
+        for arm in SHARED:
+            share, k = map(int, re.fullmatch(r"--share (\d+) --top-k (\d+)", shared(arm, T)).groups())
+            own = kept_pairs(int(float(arm.split()[1]) * T), T)
+            assert share == T // 16 and k >= 2 * share
+            assert abs(kept_pairs(k, T, share) / own - 1) < (0.03 if T > 32 else 0.06)
 
 
 def test_no_band_of_00009_is_all_ones():

@@ -36,7 +36,7 @@ def test_on_the_cpu():
     assert (ROOT / "benchmarks" / "GPU.md").read_bytes() == before
 
 
-@pytest.mark.parametrize("program", ["dense", "both256", "toroidal", "sparse", "recency"])
+@pytest.mark.parametrize("program", ["dense", "both256", "toroidal", "sparse", "shared", "recency"])
 def test_steps_learn(program, capsys):
     """Each program's step at a small size: the loss of one batch falls, and pause is called before both halves."""
     size = gpt2_of(32)
@@ -326,14 +326,14 @@ def test_all_of_it_writes_a_section(on_an_h100, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_step_time.py", "--profile"])
     assert gpu_step_time.main() == 0
     assert [(name, len(pairs), steps, device) for name, pairs, steps, device in on_an_h100.asked] == [
-        ("124M", 13, 12, "cuda"), ("tiny", 12, 12, "cuda"), ("long", 12, 12, "cuda")
+        ("124M", 13, 12, "cuda"), ("tiny", 12, 12, "cuda"), ("long", 14, 12, "cuda")
     ]  # fmt: skip
     assert ("dense", "bfloat16") not in on_an_h100.asked[0][1] and ("compiled", "bfloat16") in on_an_h100.asked[0][1]
     assert [pair for pair in on_an_h100.asked[0][1] if pair[0] == "own"] == [("own", "float32")]
     text = on_an_h100.page.read_text()
     assert text.startswith("# On a GPU\n\n## another\n\ntext\n\n## NVIDIA H100 80GB HBM3, 2")
     assert f": make bench_gpu\n\n{H100}, driver 580, CUDA 13.0, CuPy 14.2.0, 2" in text
-    assert text.count("| C=768 L=4 B=1 T=4096 |") == 6 and text.count("| llm.c | 58.00 | 4000 |") == 3
+    assert text.count("| C=768 L=4 B=1 T=4096 |") == 7 and text.count("| llm.c | 58.00 | 4000 |") == 3
     assert text.count("kernels of ") == 6 and f"kernels of ('long', 'tf32', '{H100}')" in text
     assert capsys.readouterr().out.count("first losses of the dense programs within 0.0e+00") == 3
 

@@ -33,6 +33,7 @@ INDEXER = "--indexer-dim 16"
 GO_ON = "--lr-schedule cosine --final-lr-frac 0.1 --warmup 20 --beta2 0.95 --grad-clip 1 -l 1e-3"
 LEARN = "--attention dense --lr-schedule linear --warmup 50 --beta2 0.95 --grad-clip 1 -l 3e-3"
 FIXED = ("keep 0.25", "keep 0.5", "keep 0.75")
+SHARED = ("share 0.25", "share 0.5")  # one list for T/16 queries; as many pairs as that keep has, to 3 %
 MATCHED = ("indexer", "recency", "random", "oracle", "untrained")  # at the k that keeps as many pairs as prefix
 IDS = 64  # of the random tokens
 
@@ -52,6 +53,13 @@ def arms(p) -> dict[str, str]:
         "oracle": f"--top-k {{k}} --selector oracle {cold}",
         "untrained": f"--top-k {{k}} {INDEXER} --train-indexer 0 {cold}",
     }
+
+
+def shared(arm: str, T: int) -> str:
+    """The flags that choose the keys in an arm of SHARED, for sequences of T tokens."""
+    pairs, share = kept_pairs(int(float(arm.split()[1]) * T), T), T // 16
+    k = min(range(2 * share, T + 1), key=lambda k: abs(kept_pairs(k, T, share) - pairs))
+    return f"--share {share} --top-k {k}"
 
 
 def runs(seed: int, p) -> list[Run]:
@@ -86,6 +94,9 @@ def task_runs(seed: int, p, task: str, T: int) -> list[Run]:
     for arm, flags in arms(p).items():
         match = slug(f"{task} {T} prefix") if "{k}" in flags else ""
         found.append(one(arm, f"{flags} {GO_ON}", after=base.name, match=match))
+    for arm in SHARED:
+        warm = f"{INDEXER} --indexer-warmup {p.warmup} -n {p.warmup + p.sparse}"
+        found.append(one(arm, f"{shared(arm, T)} {warm} {GO_ON}", after=base.name, later=True))
     if task == "text" and p.vocab == "byte":  # how many keys the trained controller takes on other sequences
         prefix = slug(f"{task} {T} prefix")
         for probe, ids in (("random bytes", 256), ("two ids", 2)):
@@ -162,14 +173,19 @@ def of(found, task, T, arm, value=None):
     return losses(found, value, **settings) if value else losses(found, **settings)
 
 
+def there(found, task, T, arm) -> bool:
+    """Whether every seed has the arm: SHARED came when results were on file."""
+    return len(of(found, task, T, arm)) == len(of(found, task, T, "dense"))
+
+
 def report(found: list[dict]) -> str:
     lengths = values(found, "T")
-    order = ["before", "dense", *FIXED, "prefix", *(f"top-p {each}" for each in COVERAGES), *MATCHED]
+    order = ["before", "dense", *FIXED, *SHARED, "prefix", *(f"top-p {each}" for each in COVERAGES), *MATCHED]
     parts = []
     for task in ("text", "recall"):
         for T in lengths:
             rows = []
-            for arm in order:
+            for arm in (arm for arm in order if there(found, task, T, arm)):
                 row = [arm, cell(of(found, task, T, arm, kept), 1), cell(of(found, task, T, arm))]
                 row.append(delta(of(found, task, T, arm), of(found, task, T, "dense")) if arm != "before" else "")
                 if task == "recall":
@@ -181,6 +197,8 @@ def report(found: list[dict]) -> str:
             parts.append(f"{title}, length {T}:\n")
             parts.append(table(("arm", "pairs kept, %", "loss", "against dense", *answers, "thousand tokens/s"), rows))
     parts += ["The questions, at as many kept pairs as prefix has:\n", table(("question", "found"), questions(found))]
+    if rows := sharing(found):
+        parts += ["One list for T/16 queries, at as many kept pairs:\n", table(("question", "found"), rows)]
     parts += ["Random tokens, ln 64 = 4.1589 is the floor for who does not see the future:\n", leaks(found)]
     parts += ["Mean k of a query:\n", controllers(found), claims(judged(found))]
     return "\n".join(parts)
@@ -195,6 +213,18 @@ def questions(found: list[dict]) -> list[list[str]]:
             for arm, other in others.items():
                 difference = verdict(100 * (prefix - other) / dense, f"{arm} is better", "prefix is better", " %")
                 rows.append([f"{task} {T}: prefix against {arm}", difference])
+    return rows
+
+
+def sharing(found: list[dict]) -> list[list[str]]:
+    rows = []
+    for task in ("text", "recall"):
+        for T in values(found, "T"):
+            for arm in (arm for arm in SHARED if there(found, task, T, arm)):
+                own, dense = of(found, task, T, arm.replace("share", "keep")), of(found, task, T, "dense")
+                difference = 100 * (of(found, task, T, arm) - own) / dense
+                found_ = verdict(difference, "a list of its own is better", "one list is better", " %")
+                rows.append([f"{task} {T}: {arm} against a list for each query", found_])
     return rows
 
 

@@ -120,6 +120,7 @@ def report(found: list[dict]) -> str:
         tables.append(table(("length", *(f"keep {keep:g}" for keep in values(group, "keep"))), rows))
     header = ("length", "best", "not shown to be worse", "F (p)", "F blocked (p)", "eta², omega²")
     header += ("pairs told apart: Tukey / Holm / Bonferroni", "d, g", "worst against best")
+    seeds = f"With {n} seed{'s' * (n > 1)}"
     tests, power = "One seed tests nothing.\n", anova_power(0.25, len(keeps), n) if n > 1 else 0.05
     if n > 1:
         groups = ((0, honest), (1, leaking))
@@ -137,7 +138,7 @@ The same losses with the published leak, where the first k - 1 queries see the f
 Tests over the keep ratios of a length; seeds are blocks:
 
 {tests}
-With {n} seed{'s' * (n > 1)} a medium effect (f = 0.25) of {len(keeps)} ratios is found with probability {power:.2f} in a one-way
+{seeds} a medium effect (f = 0.25) of {len(keeps)} ratios is found with probability {power:.2f} in a one-way
 design, {seeds_needed(0.25, len(keeps))} seeds would find it with 0.8; the blocked test takes the seeds' scatter out.
 
 {table(("question", "found"), questions(found, honest, leaking))}

@@ -94,6 +94,7 @@ SELECTION = dict(top_k=3, indexer_heads=2, indexer_dim=4)
         (dict(indexer_warmup=3, grad_accum=2, adaptive="prefix", **SELECTION), 1 + 5 + 2 + 2 + 2 + 4 + 5 + 2 + 2 + 2),
         (dict(selector="random", **SELECTION), 12 + 5 + 5),  # a draw a step, from memory
         (dict(selector="oracle", **SELECTION), 12 + 5 + 5),
+        (SELECTION | dict(top_k=6, share=2), 12 + 5 + 5),
         (dict(attention="dense"), 12 + 5 + 5),
         (dict(model="deepseek.bin", **SELECTION), 12 + 5 + 5),
     ],

@@ -74,9 +74,11 @@ def check_gradients(config, kind, warming_up, runtime):
     assert max(errors.values()) <= 1e-4, errors
 
 
-@pytest.mark.parametrize(
-    "config, kind", [("gpt2", "top-k"), ("gpt2", "prefix"), ("gpt2", "oracle"), ("mla+moe", "top-k")]
-)
+DECODED = [("gpt2", kind) for kind in ("top-k", "prefix", "oracle", "share")]
+DECODED += [("mla+moe", kind) for kind in ("top-k", "share")]
+
+
+@pytest.mark.parametrize("config, kind", DECODED)
 def test_extend_gives_the_logits_of_the_cpu(config, kind, checking):
     config, sparsity = CONFIGS[config], SPARSE[kind]
     reference, inputs = tiny_model(config, sparsity, 1, 12), batch(config, 1, 12)[0][0]

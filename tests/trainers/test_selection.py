@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kernels import cpu
+from kernels.cpu.sparse.share_topk import tile_sums
 from systems.selection import Agreement, answers, hits, kept_pairs, rows_at_once, sources
 from systems.sparsity import layer_ratios
 
@@ -38,6 +39,12 @@ def test_kept_pairs():
     assert kept_pairs(16, 128) == 1928
     for k, length in ((1, 5), (3, 5), (5, 5), (9, 5)):
         assert kept_pairs(k, length) == sum(min(k, t + 1) for t in range(length))
+    assert kept_pairs(20, 128, 8) == 1984 and kept_pairs(16, 10, 8) == kept_pairs(16, 10) == 55
+    for k, length, share in ((4, 30, 2), (11, 30, 4), (16, 7, 8), (30, 29, 2), (64, 64, 16)):
+        index, count = np.zeros((1, length, k), np.int32), np.zeros((1, length), np.int32)
+        sums, scores = np.zeros((1, tile_sums(length, share), length)), np.zeros((1, length, length))
+        cpu.share_topk(index, count, sums, scores, k, share, 0)
+        assert kept_pairs(k, length, share) == count.sum()
 
 
 def test_layer_ratios():

@@ -31,6 +31,11 @@ SPARSE = {
     "recency": Sparsity((3, 4), selector="recency"),
     "random": Sparsity((3, 4), selector="random"),
     "oracle": Sparsity((3, 4), selector="oracle"),
+    "share": Sparsity((6, 5), share=2, **INDEXER),
+    "share 3, sink": Sparsity((7, 8), share=3, sink=True, **INDEXER),
+    "share, recency": Sparsity((5, 6), selector="recency", share=2),
+    "share, random": Sparsity((5, 6), selector="random", share=2),
+    "share, oracle": Sparsity((5, 6), selector="oracle", share=2),
 }
 
 
@@ -74,7 +79,7 @@ def balance_loss(probs, load) -> float:
     return probs.shape[1] * (load / load.sum()) @ probs.mean(axis=0)
 
 
-OF_EACH_MODEL = ("dense", "top-k", "top-p", "prefix", "oracle", "upstream indexer")
+OF_EACH_MODEL = ("dense", "top-k", "top-p", "prefix", "oracle", "upstream indexer", "share")
 DIFFERENTIATED = [("gpt2", kind) for kind in ("dense", *SPARSE)]
 DIFFERENTIATED += [(config, kind) for config in ("mla", "moe", "mla+moe") for kind in OF_EACH_MODEL]
 
@@ -104,7 +109,7 @@ def test_every_gradient_of_the_language_loss(config, kind):
 
 
 @pytest.mark.parametrize("config", ["gpt2", "mla"])
-@pytest.mark.parametrize("kind", ["top-k", "upstream indexer", "top-p", "prefix"])
+@pytest.mark.parametrize("kind", ["top-k", "upstream indexer", "top-p", "prefix", "share"])
 @pytest.mark.parametrize("warming_up", [False, True])
 def test_every_gradient_of_the_indexer(config, kind, warming_up):
     """The KL of both stages, and in the warm-up the controller's loss, at each tensor; none of it reaches the model."""
@@ -193,7 +198,12 @@ def test_dense_attention_is_the_other_trainers_model():
     assert ours.params_flat.tobytes() == theirs.params_flat.tobytes()
 
 
-CAUSAL = [("gpt2", kind) for kind in SPARSE] + [("mla", "top-k"), ("moe", "top-k"), ("mla+moe", "prefix")]
+CAUSAL = [("gpt2", kind) for kind in SPARSE] + [
+    ("mla", "top-k"),
+    ("moe", "top-k"),
+    ("mla+moe", "prefix"),
+    ("mla+moe", "share"),
+]
 
 
 @pytest.mark.parametrize("config, kind", CAUSAL)
@@ -317,11 +327,30 @@ def test_a_prompt_takes_the_cheaper_form(kv_rank, kind, expands):
     assert np.abs(np.stack([prompt, rest]) - expected[[n - 1, T - 1]]).max() < 1e-12
 
 
-def test_extend_forgets_nothing_it_needs_when_it_starts_again():
+@pytest.mark.parametrize("config", ["gpt2", "mla+moe"])
+@pytest.mark.parametrize("kind", [kind for kind in SPARSE if "share" in kind])
+def test_decoding_shares_the_keys_that_the_whole_sequence_shares(config, kind):
+    """In calls that begin and end anywhere in a tile: the very same lists in the last layer."""
+    T, config, k = 12, CONFIGS[config], SPARSE[kind].k[1]
+    model, (inputs, _) = tiny_model(config, SPARSE[kind], 1, T), batch(config, 1, T)
+    model.forward(inputs)
+    expected = model.layers[1].index[0].copy()
+    for sizes in ([1] * T, [5, 1, 6], [3, 3, 4, 2], [T]):
+        start = 0
+        for n in sizes:
+            model.extend(inputs[0, start : start + n], start)
+            width = min(k, start + n)
+            index = model.decoder.rows.index.reshape(-1)[: n * width].reshape(n, width)
+            assert np.array_equal(index, expected[start : start + n, :width]), (sizes, start)
+            start += n
+
+
+@pytest.mark.parametrize("kind", ["prefix", "share"])
+def test_extend_forgets_nothing_it_needs_when_it_starts_again(kind):
     """A second text in the same decoder gives the bits of a fresh one."""
-    (first, second), used = batch(GPT2, 2, 12)[0], tiny_model(GPT2, SPARSE["prefix"], 1, 12, np.float32)
+    (first, second), used = batch(GPT2, 2, 12)[0], tiny_model(GPT2, SPARSE[kind], 1, 12, np.float32)
     used.extend(first, 0)
-    fresh = tiny_model(GPT2, SPARSE["prefix"], 1, 12, np.float32)
+    fresh = tiny_model(GPT2, SPARSE[kind], 1, 12, np.float32)
     for n in (0, 5):
         tokens = second[n : n + 5]
         assert used.extend(tokens, n).tobytes() == fresh.extend(tokens, n).tobytes()
@@ -354,6 +383,14 @@ def test_header_fields_round_trip():
     for kind, sparsity in SPARSE.items():
         again = read_fields(sparsity.fields() + (0,) * 90, 2, 12, "x.bin")
         assert again == replace(sparsity, coverage=float(np.float32(sparsity.coverage))), kind
+
+
+def test_header_fields_of_layout_1_have_no_share():
+    for kind, sparsity in SPARSE.items():
+        _, *fields, share, first, second = sparsity.fields()
+        again = read_fields((1, *fields, first, second) + (0,) * 90, 2, 12, "x.bin")
+        assert again == replace(sparsity, coverage=float(np.float32(sparsity.coverage)), share=1), kind
+        assert share == sparsity.share and (first, second) == sparsity.k
 
 
 def test_steps_after_the_first_allocate_nothing_of_activation_size():

@@ -191,8 +191,8 @@ def test_llm_c_reads_what_is_saved(train):
     # not 0.95 itself, which a float32 does not hold: a resumed run would go on with another number
     assert load_checkpoint("c.bin")[1].options["coverage"] == read_sparsity(model, "c.bin").coverage != 0.95
     (coverage,) = struct.unpack("<i", struct.pack("<f", 0.95))
-    # layout, attention, selector, indexer, heads, width, rotated, self, sink, adaptive, leak, coverage, seed, k, k
-    assert header[FIELD : FIELD + 15].tolist() == [1, 1, 0, 1, 2, 4, 2, 0, 1, 0, 0, coverage, 9, 2, 4]
+    # layout, attention, selector, indexer, heads, width, rotated, self, sink, adaptive, leak, coverage, seed, share, k
+    assert header[FIELD : FIELD + 16].tolist() == [2, 1, 0, 1, 2, 4, 2, 0, 1, 0, 0, coverage, 9, 1, 2, 4]
     assert os.path.getsize("c.bin") == 1024 + 4 * (PARAMETERS + LIGHTNING)
     assert np.fromfile("c.bin", "<f4", PARAMETERS, offset=1024).tobytes() == model.params.tobytes()
 
@@ -213,6 +213,8 @@ KINDS = {  # of a checkpoint: flags, and how generate.py names it
     "upstream indexer": (f"{SMALL} --indexer upstream --top-k 3", "sparse, indexer, k = 3"),
     "upstream": (f"{SMALL} --adaptive upstream", "sparse, indexer, adaptive upstream, k = 8"),
     "leak": (f"{SMALL} --top-k 5 --legacy-leak 1", "sparse, indexer, k = 5"),
+    "share": (f"{SMALL} --top-k 6 --share 2", "sparse, indexer, shared by 2, k = 6"),
+    "share, oracle": ("--selector oracle --top-k 9 --share 3 --sink 1", "sparse, oracle, shared by 3, k = 9"),
 }
 WARNINGS = {"upstream": "WARNING: trained with --adaptive upstream", "leak": "WARNING: trained with --legacy-leak"}
 MODELS = {
@@ -297,6 +299,7 @@ RUNS = {
     "prefix": ("gpt2", f"{SMALL} --adaptive prefix --indexer-warmup 5"),
     "upstream": ("gpt2", f"{SMALL} --adaptive upstream"),
     "random": ("gpt2", "--selector random --top-k 2"),  # its draws depend on the step
+    "share": ("gpt2", f"{SMALL} --top-k 6 --share 2 --indexer-warmup 5"),
     "leak": ("gpt2", f"{SMALL} --top-k 3 --legacy-leak 1"),
     "accumulated": ("gpt2", f"{SMALL} --top-k 3 --indexer-warmup 5 --grad-accum 2 --weight-decay 0.1"),
     "mla+moe": ("mla+moe", f"{SMALL} --top-k 3 --indexer-warmup 5 --grad-clip 0.5"),
@@ -354,7 +357,16 @@ def test_ctrl_c_in_either_stage_then_resumed_equals_a_run_never_stopped(train, s
 
 
 @pytest.mark.parametrize(
-    "flag", ["--top-k 2", "--attention dense", "--coverage 0.5", "--indexer-dim 8", "--indexer-warmup 9", "--sink 1"]
+    "flag",
+    [
+        "--top-k 2",
+        "--attention dense",
+        "--coverage 0.5",
+        "--indexer-dim 8",
+        "--indexer-warmup 9",
+        "--sink 1",
+        "--share 2",
+    ],
 )
 @pytest.mark.parametrize("first", [f"{SMALL} --top-k 3", "--attention dense"])
 def test_resume_keeps_the_attention(train, folder, first, flag):
@@ -379,6 +391,7 @@ def test_a_sparse_file_keeps_its_indexer_and_attention_unless_told_otherwise(tra
         "--selector recency --sink 0": dict(selector="recency", sink=False),
         "--selector top-p": dict(selector="top-p", k=(8, 8)),  # k is only its limit, T
         "--legacy-leak 1": dict(leak=True),
+        "--share 2 --top-k 6": dict(share=2, k=(6, 6)),
         "--indexer-dim 4 --force-self 0": dict(force_self=False),
     }
     for flags, changed in changes.items():
@@ -482,6 +495,15 @@ def test_rotated_dims_of_the_indexer(train, flags, rotated):
         ("--adaptive prefix --selector top-p", ["--adaptive prefix", "--selector top-p"]),
         ("--legacy-leak 1 --adaptive prefix", ["--legacy-leak", "--adaptive prefix"]),
         ("--legacy-leak 1 --selector top-p", ["--legacy-leak", "--selector top-p"]),
+        ("--share 0", ["--share", "'0'"]),
+        ("--share 4 --top-k 7", ["--share 4 with k = 7", "two tiles of 4", "--top-k 8 or more"]),
+        ("--share 4 --top-k 8 --sink 1", ["--share 4 with k = 8", "and the first key", "--top-k 9 or more"]),
+        ("--share 2 --layer-keep 1,0.25", ["--share 2 with k = 2", "--top-k 4 or more"]),
+        ("--share 2 --selector top-p", ["--share with --selector top-p", "--share 1"]),
+        ("--share 2 --adaptive prefix", ["--share with --adaptive prefix", "--share 1"]),
+        ("--share 2 --adaptive upstream", ["--share with --adaptive upstream", "--share 1"]),
+        ("--share 2 --legacy-leak 1 --top-k 4", ["--share with --legacy-leak", "--share 1"]),
+        ("--attention dense --share 2", ["--share with --attention dense"]),
         ("--attention dense --indexer-warmup 2", ["--indexer-warmup with --attention dense", "--attention sparse"]),
         ("--attention dense --adaptive prefix", ["--adaptive with --attention dense"]),
         ("--attention dense --top-k 3", ["--top-k with --attention dense"]),
@@ -567,7 +589,7 @@ def rewrite(path="c.bin", at=None, value=None, **changed):
         (dict(extra=np.zeros(LIGHTNING - 1, np.float32)), [f"{LIGHTNING - 1} extra values", f"have {LIGHTNING}"]),
         (dict(extra=np.zeros(0, np.float32)), ["0 extra values", f"have {LIGHTNING}"]),
         (dict(at=5, value=3), ["c.bin", "NH = 3"]),
-        (dict(at=FIELD, value=2), ["layout", "2", "expected 1"]),
+        (dict(at=FIELD, value=3), ["layout", "3", "expected 1 or 2"]),
         (dict(at=FIELD + 1, value=2), ["attention is 2", "0..1"]),
         (dict(at=FIELD + 2, value=len(SELECTORS)), [f"selector is {len(SELECTORS)}", f"0..{len(SELECTORS) - 1}"]),
         (dict(at=FIELD + 2, value=-1), ["selector is -1"]),
@@ -585,8 +607,10 @@ def rewrite(path="c.bin", at=None, value=None, **changed):
         (dict(at=FIELD + 11, value=0), ["coverage is 0.0"]),
         (dict(at=FIELD + 11, value=0x7FC00000), ["coverage is nan"]),
         (dict(at=FIELD + 12, value=-1), ["seed is -1"]),
-        (dict(at=FIELD + 13, value=0), ["k of layer 0 is 0", "1..32"]),
-        (dict(at=FIELD + 14, value=33), ["k of layer 1 is 33", "1..32"]),
+        (dict(at=FIELD + 13, value=0), ["share is 0"]),
+        (dict(at=FIELD + 13, value=2), ["share 2 with k = 3", "two tiles of 2"]),
+        (dict(at=FIELD + 14, value=0), ["k of layer 0 is 0", "1..32"]),
+        (dict(at=FIELD + 15, value=33), ["k of layer 1 is 33", "1..32"]),
     ],
     ids=str,
 )
@@ -609,7 +633,7 @@ def test_any_fields_in_the_header(train, flags):
     loaded = []
 
     @settings(derandomize=True, deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
-    @given(st.dictionaries(st.integers(0, 15), near, min_size=1, max_size=2))
+    @given(st.dictionaries(st.integers(0, 16), near, min_size=1, max_size=2))
     def change(values):
         fields = list(good.fields)
         for at, value in values.items():
@@ -621,7 +645,8 @@ def test_any_fields_in_the_header(train, flags):
             assert error.message.startswith("c.bin: ") and error.hint
             return
         loaded.append(fields)
-        assert sparsity.fields()[:15] == tuple(fields[:15])
+        layout_2 = fields if fields[0] == 2 else [2, *fields[1:13], 1, *fields[13:]]  # layout 1 has no share
+        assert sparsity.fields()[:16] == tuple(layout_2[:16])
         model = train_sparse_attn.GPT2(cpu, CONFIG, sparsity, np.concatenate([file.params, file.extra]), 1, 4)
         model.forward(np.zeros((1, 4), np.int32))
         assert np.isfinite(model.extend(np.zeros(3, np.int32), 0)).all()
@@ -650,6 +675,19 @@ def test_the_table_tells_nominal_and_effective_shares(folder, train):
     assert [float(kept) for kept in re.findall(r"kept ([\d.]+) of 2080 pairs", out)] == [1552, 2080] * 2
     out = done(train("--attention dense -n 1", **longer)).out
     assert row("attention", "dense") in out and "nominal" not in out
+
+
+def test_the_table_tells_how_many_queries_have_one_list(train):
+    out = done(train(f"{SMALL} --top-k 10 --share 3 -t 32 -b 1 -n 1")).out
+    row = "| {:<21} | {:<50} |\n".format
+    # tiles of 3 have 3 + 1, 2, 3 keys, and from the third on 3, then 4 chosen ones
+    pairs = sum(range(1, 10)) + sum(range(10 - 2, 11)) * 7 + 8 + 9
+    assert pairs == 251 and pairs == sum(
+        min(3 * max(t // 3 - 1, 0), 4) + t - 3 * max(t // 3 - 1, 0) + 1 for t in range(32)
+    )
+    assert row("queries with one list", "3: keys of two tiles, others by the tile before's scores") in out
+    assert f"({pairs} / 528)" in out
+    assert [float(kept) for kept in re.findall(r"kept ([\d.]+) of 528 pairs", out)] == [pairs] * 4
 
 
 def test_default_k(train):
@@ -734,6 +772,7 @@ RANDOM_MODES = {  # config, Sparsity
     "recency": (RANDOM, Sparsity((8, 8), selector="recency")),
     "random": (RANDOM, Sparsity((8, 8), selector="random")),
     "oracle": (RANDOM, Sparsity((8, 8), selector="oracle")),
+    "share": (RANDOM, Sparsity((12, 12), share=4, indexer="lightning", heads=2, width=16)),
     "prefix": (RANDOM, Sparsity((32, 32), adaptive="prefix", indexer="lightning", heads=2, width=16)),
     "leak 16": (RANDOM, Sparsity((16, 16), leak=True, indexer="lightning", heads=2, width=16)),
     "leak 32": (RANDOM, Sparsity((32, 32), leak=True, indexer="lightning", heads=2, width=16)),

@@ -27,8 +27,8 @@ def select_topk(index, count, scores, keep, first, start=0, force_self=1, sink=0
         of_block = slice(first - start + begin, first - start + stop)
         wanted = np.clip(keep[b, of_block], 1, K)  # (rows)
         n = np.minimum(wanted, positions + 1)
-        order = _order(scores[b, begin:stop, : first + stop], positions, force_self, sink)
-        mask = _highest(order, n, positions)
+        order = order_of(scores[b, begin:stop, : first + stop], positions, force_self, sink)
+        mask = highest(order, n, positions)
         block = index[b, of_block]
         block[...] = -1
         block[slots < n[:, None]] = np.flatnonzero(mask) % mask.shape[1]  # row by row on both sides
@@ -41,7 +41,7 @@ def select_topk(index, count, scores, keep, first, start=0, force_self=1, sink=0
     for_score_rows(rows, B, R, first + R, cost=32)
 
 
-def _order(scores, positions, force_self, sink):
+def order_of(scores, positions, force_self, sink):
     """scores (rows,keys) -> integers in the same order, in a buffer; the lowest of all for keys of the future, the
     highest for forced ones."""
     keys = scores.shape[1]
@@ -61,7 +61,7 @@ def _order(scores, positions, force_self, sink):
     return order
 
 
-def _highest(order, n, positions):
+def highest(order, n, positions):
     """Where order (rows,keys) is among the n (rows) highest of its row, the last ones of equals -> bool (rows,keys)."""
     keys = order.shape[1]
     lowest = np.iinfo(order.dtype).min + 1  # the lowest key that a query may have; keys of the future are lower

@@ -381,6 +381,8 @@ ROWS_OF_TABLE = [
     Row("indexer_union_join_kernel", "0", "N*dI + u*N*T/128*dI + N*T/32", "", "u*N*T/128*dI"),
     Row("random_scores_kernel", "0", "N*T", "", "0"),
     Row("select_topk_kernel", "0", "N*T/2 + N*k + 2*N", "", "0"),
+    Row("share_sums_kernel", "0", "N*T/2 + N*T/Q/2", "", "N*T/2"),
+    Row("share_lists_kernel", "0", "N*T/Q/2 + N*k + N", "", "0"),
     Row("mass_count_kernel", "0", "N*T/2 + N", "", "48*N*T"),
     Row("row_entropy_kernel", "0", "N*T/2 + N", "", "3*N*T"),
     Row("fused_kl_kernel", "0", "3*N*T + N", "", "14*N*T"),
@@ -465,7 +467,7 @@ def sizes(
     P = Vp * C + 1024 * C + L * (12 * C * C + 13 * C) + 2 * C
     names = dict(B=B, T=T, N=B * T, C=C, C9=9 * C, L=L, NH=NH, V=V, Vp=Vp, P=P, w=w, K=band_count(4 * C, C, w), min=min)
     names |= dict(r=192, R=32, D=192 + 32)  # latent attention: kv_rank, rotary dimensions, both
-    names["k"] = 128  # keys in a list of sparse attention
+    names |= dict(k=128, Q=64)  # keys in a list of sparse attention, queries that share one
     # of all pairs up to the diagonal, those in tiles of 64 queries, of 64 keys, with such lists: trained at T = 1024
     names |= dict(u=0.73, uq=0.91)
     names |= dict(HI=4, dI=64)  # the indexer's heads and their size

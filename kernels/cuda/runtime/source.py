@@ -1,7 +1,8 @@
 """What the .cu files say about themselves: which kernels there are, their parameters, the text to compile.
 
 A file is compiled after common.cuh, gemm_tile.cuh and attention_tile.cuh, whose device functions all share, and after
-mma.cuh, gemm_mma.cuh and attention_mma.cuh if it names them; nothing is included. Line numbers stay those of the files.
+topk.cuh, mma.cuh, gemm_mma.cuh and attention_mma.cuh if it names them; nothing is included. Line numbers stay those of
+the files.
 """
 
 import re
@@ -13,8 +14,8 @@ import numpy as np
 
 FOLDER = Path(__file__).parent.parent
 PRELUDE = tuple(FOLDER / "runtime" / name for name in ("common.cuh", "gemm_tile.cuh", "attention_tile.cuh"))
-# for files that name them: inline PTX, and for the emulator templates that cost g++ time
-NAMED = tuple(FOLDER / "runtime" / name for name in ("mma.cuh", "gemm_mma.cuh", "attention_mma.cuh"))
+# for files that name them: what few need, inline PTX, and for the emulator templates that cost g++ time
+NAMED = tuple(FOLDER / "runtime" / name for name in ("topk.cuh", "mma.cuh", "gemm_mma.cuh", "attention_mma.cuh"))
 KERNEL = re.compile(
     r"""extern \s "C" \s __global__ \s void \s
         __launch_bounds__\( (?P<threads>\d+) (?:,\ \d+)? \) \s
