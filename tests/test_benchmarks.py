@@ -16,7 +16,7 @@ SMALLEST = {  # script: its flags, what a row of its output looks like, how many
 }
 LIBRARIES = {"turns.py", "kernel_times.py"}
 NEED_A_GPU = {"gpu_check.py", "gpu_step_time.py"}  # test_gpu_check.py, test_gpu_step_time.py
-MEASURE_NOTHING = {"predicted.py"}  # test_predicted.py
+MEASURE_NOTHING = {"sparse_cost.py", "predicted.py"}  # test_predicted.py
 
 
 def test_every_benchmark_is_here():

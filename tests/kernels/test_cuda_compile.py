@@ -80,10 +80,10 @@ def build_once(path: Path, architecture: int) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize(
-    "wanted", [pytest.param(compiler.ARCHITECTURES, marks=pytest.mark.slow, id="all"), pytest.param((75, 80, 90, 120))]
+    "wanted", [pytest.param(compiler.ARCHITECTURES, marks=pytest.mark.slow, id="all"), pytest.param((75, 90))]
 )
 def test_every_kernel_for_every_gpu(wanted, architectures, capsys, monkeypatch):
-    """No spills, no warnings, and a row for each. Of the GPUs that differ little, one: all take four minutes."""
+    """No spills, no warnings, and a row for each. With tensor cores for TF32 and without: all take ten minutes."""
     monkeypatch.setattr(compiler, "build", build_once)  # its own processes have the original
     monkeypatch.setattr(compiler, "ARCHITECTURES", wanted)
     code = compiler.main([])
@@ -92,13 +92,15 @@ def test_every_kernel_for_every_gpu(wanted, architectures, capsys, monkeypatch):
     assert said.err == "" and code == 0
     rows = {line.split()[0]: line.split()[1:] for line in said.out.splitlines() if re.match(r"\w+_kernel\w* ", line)}
     assert list(rows) == list(source.kernels())
-    for name, (threads, *numbers, on_80, on_90) in rows.items():
+    for name, (threads, *cells) in rows.items():  # registers, the most, shared, stack, spills; occupancy
         assert int(threads) == source.kernels()[name].threads
-        registers, (shared, _, spills) = list(map(int, numbers[:3])), map(int, numbers[3:])
+        numbers = [int(cell) for cell in cells if not cell.endswith("%")]
+        occupied = [int(cell.removesuffix("%")) for cell in cells[len(numbers) :]]
+        *registers, most, shared, _, spills = numbers
         dynamic = source.kernels()[name].shared
-        assert 0 < max(registers[:2]) <= registers[2] <= 255 and spills == 0
+        assert 0 < max(registers) <= most <= 255 and spills == 0 and len(registers) == len(occupied)
         assert dynamic <= shared <= dynamic + 49152
-        assert all(0 < int(part.rstrip("%")) <= 100 for part in (on_80, on_90))
+        assert all(0 < share <= 100 for share in occupied)
     found = re.search(r"^(\d+) kernels for (\d+) architectures in .*: no spills, no warnings$", said.out, re.MULTILINE)
     assert (int(found[1]), int(found[2])) == (len(rows), len({f"sm_{each}" for each in wanted} & set(architectures)))
 
