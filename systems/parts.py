@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from kernels.cpu.deepseek.expert_plan import expert_rows
 from llmc.checkpoint import GPT2Config
+from systems.selection import kept_pairs
 from systems.sparsity import Sparsity, is_mla
 
 
@@ -124,9 +125,9 @@ class AbsorbedLatents(Latents):
 
         2 hs with every key up to the query, as tiles have them whatever is selected; 2 kv_rank + R with those that are.
         """
-        c, k = self.config, n if dense else min(self.sparsity.k[l], n)
-        selected = k * (k + 1) // 2 + (n - k) * k
-        return n * (n + 1) // 2 * 2 * (c.C // c.NH) < selected * (2 * c.kv_rank + c.R)
+        c, s, pairs = self.config, self.sparsity, n * (n + 1) // 2
+        selected = pairs if dense else kept_pairs(s.k[l], n, s.share)
+        return pairs * 2 * (c.C // c.NH) < selected * (2 * c.kv_rank + c.R)
 
     def attend(self, l: int, a, start: int, dense: bool):
         """a.atty (T,C): what the queries from `start` on see of all keys, or of those selected."""
