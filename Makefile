@@ -127,7 +127,8 @@ bench: setup  ## milliseconds a step, ours and PyTorch's if it is installed; fro
 bench_band: setup  ## the products of banded MLPs against dense ones, written to benchmarks/RESULTS.md
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/band_products.py
 
-bench_sparse: setup  ## sparse attention, masked and gathered, against dense, written to benchmarks/RESULTS.md
+bench_sparse: setup  ## sparse attention against dense: on the CPU, into benchmarks/RESULTS.md; on a GPU, into GPU.md
+	$(PY) benchmarks/sparse_gpu.py --device auto
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/sparse_attention.py
 
 bench_gpu: setup  ## on a GPU: milliseconds a step beside PyTorch and llm.c (LLMC=its folder), written to benchmarks/GPU.md
