@@ -142,6 +142,8 @@ def in_percent(a, b, base):
 
 def smallest_within(one_percent: float, widths, name: str, at) -> str:
     """The smallest bandwidth at which the whole interval of the cost stays below one_percent."""
+    if len(at("dense")) < 2:
+        return "one seed shows nothing"
     good = [w for w in widths if percent(at(f"{name} {w}"), at("dense")).high < one_percent]
     return str(min(good)) if good else f"none of {', '.join(map(str, widths))}"
 
