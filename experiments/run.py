@@ -51,8 +51,9 @@ def front(sweep: Sweep) -> str:
         return f"Not run yet: `make experiment NAME={sweep.name}`.\n"
     seeds = len({each["seed"] for each in runs})
     picture = f"![experiment {sweep.name}](experiments/{sweep.name}/{sweep.preset}.png)"
-    made = f"{seeds} seeds, {len(runs)} runs, preset {sweep.preset}, intervals of 95 % over seeds"
-    return f"{sweep.protocol.headline(runs)}\n{picture}\n\n{made}: [all](experiments/{sweep.name}/README.md).\n"
+    intervals = ", intervals of 95 % over seeds" if seeds > 1 else ": one seed shows what there is to ask, not more"
+    made = f"{seeds} seed{'s' * (seeds > 1)}, {len(runs)} runs, preset {sweep.preset}{intervals}"
+    return f"{sweep.protocol.headline(runs)}\n{picture}\n\n{made} ([all of it](experiments/{sweep.name}/README.md)).\n"
 
 
 def origin(runs: list[dict]) -> str:

@@ -124,12 +124,12 @@ def headline(found: list[dict]) -> str:
     _, w, narrow = bandwidths(found[0]["settings"]["C"])
     names = {"dense": "dense", f"fc1 {w}": f"FC1 band {w}", f"fc2 {w}": f"FC2 band {w}"}
     for width in (w, narrow):
-        names |= {f"both {width}": f"both {width}", f"narrower, as both {width}": "a narrower MLP of as many weights"}
+        names |= {f"both {width}": f"both {width}", f"narrower, as both {width}": f"a narrower MLP, no band, as both {width}"}
     rows = []
     for arm, label in names.items():
         at_best, dense = (losses(found, arm=each, lr=best_rate(found, each)) for each in (arm, "dense"))
         run = pick(found, arm=arm)[0]
-        kept = f"{density(run, 'fc1')}, {density(run, 'fc2')}" if "band" in label or "both" in label else ""
+        kept = "as many" if arm.startswith("narrower") else f"{density(run, 'fc1')}, {density(run, 'fc2')}"
         rows.append([label, kept, f"{at_best.mean():.4f}", delta(at_best, dense) if arm != "dense" else ""])
     header = ("each at its best learning rate", "weights kept of FC1, FC2", "validation loss", "against dense")
     return table(header, rows)
@@ -214,16 +214,16 @@ def draw(found: list[dict], folder) -> None:
         best, base = (losses(found, arm=each, lr=best_rate(found, each)) for each in (arm, "dense"))
         return in_percent(best, base, base)
 
+    labels = {"fc1": "FC1", "fc2": "FC2", "both": "both", "narrower, as both": "no band, as many weights as both"}
     with figure(folder / f"{preset}.png", 1, 2) as axes:
         left, right = axes[0]
         steps = [step for step, _ in pick(found, arm="dense", lr=rate)[0]["val_loss"][1:]]
         for number, name in enumerate(("fc1", "fc2", "both")):
             if np.isfinite(losses(found, arm=f"{name} {widths[1]}", lr=rate)).all():
-                line(left, steps, 100 * (curve(f"{name} {widths[1]}") / curve("dense") - 1), number, name.upper())
+                line(left, steps, 100 * (curve(f"{name} {widths[1]}") / curve("dense") - 1), number, labels[name])
         left.axhline(0, color="0.7", linewidth=1)
         left.set(title=f"bandwidth {widths[1]}, rate {rate:g}", xlabel="step", ylabel="loss above dense, %")
         kept = [100 * band_count(4 * C, C, w) / (4 * C * C) for w in widths]
-        labels = {"fc1": "FC1", "fc2": "FC2", "both": "both", "narrower, as both": "no band, as many weights as both"}
         for number, (name, label) in enumerate(labels.items()):
             line(right, kept, np.transpose([cost(f"{name} {w}") for w in widths]), number, label)
         right.axhline(1, color="0.7", linewidth=1)
