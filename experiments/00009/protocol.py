@@ -124,7 +124,10 @@ def headline(found: list[dict]) -> str:
     _, w, narrow = bandwidths(found[0]["settings"]["C"])
     names = {"dense": "dense", f"fc1 {w}": f"FC1 band {w}", f"fc2 {w}": f"FC2 band {w}"}
     for width in (w, narrow):
-        names |= {f"both {width}": f"both {width}", f"narrower, as both {width}": f"a narrower MLP, no band, as both {width}"}
+        names |= {
+            f"both {width}": f"both {width}",
+            f"narrower, as both {width}": f"a narrower MLP, no band, as both {width}",
+        }
     rows = []
     for arm, label in names.items():
         at_best, dense = (losses(found, arm=each, lr=best_rate(found, each)) for each in (arm, "dense"))
