@@ -220,7 +220,7 @@ def judged(found: list[dict]) -> list[tuple[str, str, str]]:
         (
             "perplexity improves by 7 to 12 %",
             perplexities("published, sees the future"),
-            "no run behind it; and without its causal mask the layer sees the tokens that it is to tell",
+            "no run behind it, and a layer without causal mask sees what it is to tell: its loss is no language model's",
         ),
     ]
 
