@@ -220,7 +220,7 @@ def judged(found: list[dict]) -> list[tuple[str, str, str]]:
         (
             "perplexity improves by 7 to 12 %",
             perplexities("published, sees the future"),
-            "no run behind it, and a layer without causal mask sees what it is to tell: its loss is no language model's",
+            "no run behind it, and without its mask a layer sees what it is to tell: its loss is no language model's",
         ),
     ]
 
