@@ -534,7 +534,7 @@ def test_density_table():
 
 
 def test_readme_is_short():
-    assert README.count("\n") < 250
+    assert README.count("\n") < 240
 
 
 def test_folders_and_links_exist():
