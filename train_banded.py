@@ -14,7 +14,6 @@ if __name__ == "__main__":
 
     startup.begin()
 
-import time
 import warnings
 from argparse import Namespace
 from types import SimpleNamespace
@@ -30,7 +29,6 @@ from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, t
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
-from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from systems.band import NO_BAND, Band, choose_band, print_band, print_masks
 
@@ -253,6 +251,13 @@ class GPT2:
         self.replay(self.launch_update, grad_clip > 0)
         return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
 
+    def gradient_norm(self) -> float:
+        """The norm of the gradient, which update limits."""
+        if self.m_flat is None:
+            self.allocate_moments()
+        self.ops.global_norm(self.norm, self.grads_flat)
+        return float(self.ops.to_host(self.norm)[0])
+
     def launch_update(self, clips: bool) -> None:
         """What update does on the device."""
         ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
@@ -356,29 +361,25 @@ def main(argv: list[str] | None = None) -> int:
             each.mask_weights()
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
-    log = Logger(args.log, start)
 
     seconds = 0.0
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step = step == steps
             if interrupt.signal and not last_step:
                 if args.checkpoint and step > start:
                     save(args, batch, step, run)
                 break
-            if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                loop.validate(batch, run, step, args, log)
-            due = args.checkpoint_every and step % args.checkpoint_every == 0
-            if args.checkpoint and step > start and (last_step or due):
+            if step == 0 or last_step or loop.due(args.val_every, step):
+                loop.validate(batch, run, step, args)
+            if loop.saves(args, run, step, last_step):
                 save(args, batch, step, run)
-            if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
+            if args.sample_every and step > 0 and (last_step or loop.due(args.sample_every, step)):
                 loop.print_sample(model, run, args.sample_tokens)
             if last_step:
                 break
 
-            started = time.perf_counter()
-            if args.overfit_batch:
-                run.train_loader.reset()
+            started = loop.begin_step(args, run)
             loss = 0.0
             for micro_step in range(grad_accum):
                 batch.forward(*run.train_loader.next_batch(), grad_accum)
@@ -386,10 +387,9 @@ def main(argv: list[str] | None = None) -> int:
                 loss += batch.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
-            norm = model.update(step + 1, lr, **adamw)
-            seconds += loop.print_step(args, device, config, step + 1, steps, loss, started, lr, norm)
-            log.train(step, loss)
-    log.close()
+            skips = loop.spiked(args, run, loss, model.gradient_norm)
+            norm = None if skips else model.update(step + 1, lr, **adamw)
+            seconds += loop.print_step(args, device, config, run, step, loss, started, lr, norm)
 
     loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step

@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
     startup.begin()
 
-import time
 import warnings
 from argparse import Namespace
 from types import SimpleNamespace
@@ -37,7 +36,6 @@ from llmc.buffers import all_but, allocate, first_of, flat_buffer, query_blocks,
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
-from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
 from systems.selection import add_report_options, measure, report, rows_at_once
@@ -513,6 +511,13 @@ class GPT2:
         self.replay(self.launch_update, t > 0, indexer_t > 0, dense or self.always_dense, clips)
         return float(self.ops.to_host(self.norm)[0]) if clips else None
 
+    def gradient_norm(self) -> float:
+        """The norm of the model's gradient, which update limits."""
+        if self.m is None:
+            self.allocate_moments()
+        self.ops.global_norm(self.norm, self.grads_flat[: self.own])
+        return float(self.ops.to_host(self.norm)[0])
+
     def launch_update(self, model: bool, indexer: bool, dense: bool, clips: bool) -> None:
         """What update does on the device."""
         ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
@@ -644,10 +649,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     schedule = dict(warmup=args.warmup, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
-    log = Logger(args.log, start)
 
     seconds = 0.0
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step, warming_up = step == steps, step < warmup  # in the warm-up attention is dense
             if interrupt.signal and not last_step:
@@ -656,21 +660,18 @@ def main(argv: list[str] | None = None) -> int:
                 break
             if step == warmup > 0:
                 print(f"indexer warmed up: from step {step + 1} attention is sparse and both learn", flush=True)
-            if step == 0 or last_step or (args.val_every and step % args.val_every == 0) or step == warmup > 0:
-                loop.validate(batch, run, step, args, log, dense=warming_up)
+            if step == 0 or last_step or loop.due(args.val_every, step) or step == warmup > 0:
+                loop.validate(batch, run, step, args, dense=warming_up)
                 if sparsity.attention == "sparse" or args.answers_after:
-                    report(batch, run.val_loader, run.val_batches, args, log, step, warming_up)
-            due = args.checkpoint_every and step % args.checkpoint_every == 0
-            if args.checkpoint and step > start and (last_step or due):
+                    report(batch, run.val_loader, run.val_batches, args, run.log, step, warming_up)
+            if loop.saves(args, run, step, last_step):
                 save(args, batch, step, run, warming_up)
-            if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
+            if args.sample_every and step > 0 and (last_step or loop.due(args.sample_every, step)):
                 loop.print_sample(model, run, args.sample_tokens, dense=warming_up)
             if last_step:
                 break
 
-            started = time.perf_counter()
-            if args.overfit_batch:
-                run.train_loader.reset()
+            started = loop.begin_step(args, run)
             loss = 0.0
             for micro_step in range(grad_accum):
                 batch.forward(*run.train_loader.next_batch(), grad_accum, dense=warming_up, draw=step + 1)
@@ -686,10 +687,10 @@ def main(argv: list[str] | None = None) -> int:
             lr = learning_rate(args.lr_schedule, at, lr=args.lr, steps=length, **schedule)
             indexer_lr = learning_rate(args.lr_schedule, at, lr=indexer_lr, steps=length, **schedule)
             model_t, indexer_t = 0 if warming_up else step + 1 - warmup, step + 1 if learns else 0
-            norm = model.update(model_t, lr, indexer_t, indexer_lr, dense=warming_up, **adamw)
-            seconds += loop.print_step(args, device, config, step + 1, steps, loss, started, lr, norm)
-            log.train(step, loss)
-    log.close()
+            norm = None
+            if warming_up or not loop.spiked(args, run, loss, model.gradient_norm):
+                norm = model.update(model_t, lr, indexer_t, indexer_lr, dense=warming_up, **adamw)
+            seconds += loop.print_step(args, device, config, run, step, loss, started, lr, norm)
 
     loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step

@@ -22,7 +22,6 @@ if __name__ == "__main__":
     startup.begin()
 
 import math
-import time
 import warnings
 from argparse import Namespace
 from types import SimpleNamespace
@@ -41,7 +40,6 @@ from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, t
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
 from llmc.interrupt import Interrupt
-from llmc.logger import Logger
 from llmc.schedulers import learning_rate
 from systems.torus import (
     ATTENTION,
@@ -360,6 +358,13 @@ class GPT2:
         self.replay(self.launch_update, grad_clip > 0)
         return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
 
+    def gradient_norm(self) -> float:
+        """The norm of the gradient, which update limits."""
+        if self.m_flat is None:
+            self.allocate_moments()
+        self.ops.global_norm(self.norm, self.grads_flat)
+        return float(self.ops.to_host(self.norm)[0])
+
     def launch_update(self, clips: bool) -> None:
         """What update does on the device."""
         ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
@@ -495,11 +500,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Resuming from step {start} (shard {state.shard}, sample {state.sample})")
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
-    log = Logger(args.log, start)
 
     seconds = 0.0
     before = device.memory_used()
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step = step == steps
             extra = {"best_loss": best, "worse": worse}  # without this step's validation, which a resumed run repeats
@@ -507,8 +511,8 @@ def main(argv: list[str] | None = None) -> int:
                 if args.checkpoint and step > start:
                     save(args, batch, step, run, extra)
                 break
-            if step == 0 or last_step or (args.val_every and step % args.val_every == 0):
-                val_loss = loop.validate(batch, run, step, args, log)
+            if step == 0 or last_step or loop.due(args.val_every, step):
+                val_loss = loop.validate(batch, run, step, args)
                 print(f"perplexity {math.exp(min(val_loss, 700)):.4f}", flush=True)
                 best, worse = (val_loss, 0) if best is None or val_loss < best else (best, worse + 1)
                 if args.patience and worse >= args.patience and not last_step:
@@ -516,17 +520,14 @@ def main(argv: list[str] | None = None) -> int:
                     last_step = True
             if step == start:
                 print_memory(batch.models, device.memory_used() - before)
-            due = args.checkpoint_every and step % args.checkpoint_every == 0
-            if args.checkpoint and step > start and (last_step or due):
+            if loop.saves(args, run, step, last_step):
                 save(args, batch, step, run, extra)
-            if args.sample_every and step > 0 and (last_step or step % args.sample_every == 0):
+            if args.sample_every and step > 0 and (last_step or loop.due(args.sample_every, step)):
                 loop.print_sample(model, run, args.sample_tokens)
             if last_step:
                 break
 
-            started = time.perf_counter()
-            if args.overfit_batch:
-                run.train_loader.reset()
+            started = loop.begin_step(args, run)
             loss = 0.0
             for micro_step in range(grad_accum):
                 batch.forward(*run.train_loader.next_batch(), grad_accum)
@@ -534,10 +535,9 @@ def main(argv: list[str] | None = None) -> int:
                 loss += batch.mean_loss() / grad_accum
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
-            norm = model.update(step + 1, lr, **adamw)
-            seconds += loop.print_step(args, device, config, step + 1, steps, loss, started, lr, norm)
-            log.train(step, loss)
-    log.close()
+            skips = loop.spiked(args, run, loss, model.gradient_norm)
+            norm = None if skips else model.update(step + 1, lr, **adamw)
+            seconds += loop.print_step(args, device, config, run, step, loss, started, lr, norm)
 
     if last_step:
         print(f"memory: {batch.memory_used() >> 20} MiB")

@@ -9,7 +9,9 @@ import os
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,9 +19,12 @@ from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
 from llmc.evalloader import EvalLoader
+from llmc.keep import Kept, add_copies, open_kept
 from llmc.logger import Logger
 from llmc.mfu import card_name, described
 from llmc.options import command, hellaswag_file, saved_options
+from llmc.outlier import OutlierDetector
+from llmc.progress import Progress
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
@@ -31,7 +36,8 @@ class Run:
     """What a run does besides its model: data, text sampler, the step it starts at, steps in all, validation batches.
 
     start_token: what starts a sampled text; tokenizer: None where no file was found, then samples are token ids;
-    eval_loader: HellaSwag's questions, None without --hellaswag 1.
+    eval_loader: HellaSwag's questions, None without --hellaswag 1. kept: copies of its checkpoints. losses, norms: the
+    last ones, for -sl and -sg. val: step and loss of the last validation. log, progress: from `watch` on.
     """
 
     train_loader: DataLoader
@@ -43,6 +49,29 @@ class Run:
     start: int
     steps: int
     val_batches: int
+    kept: Kept
+    losses: OutlierDetector
+    norms: OutlierDetector
+    val: tuple[int, float] | None = None
+    log: Logger = field(default_factory=lambda: Logger(None))
+    progress: Progress | None = None
+
+    @contextmanager
+    def watch(self, args: Namespace, memory: Callable[[], int]) -> Iterator[None]:
+        """Open the logs, and the bar on a terminal, while the block runs; memory: tells the bytes in use."""
+        self.log = Logger(args.log, self.start, args.log_json)
+        with Progress(args.progress, self.start, self.steps, memory) as self.progress:
+            yield
+        self.log.close()
+
+    def improved(self, step: int) -> bool:
+        """Whether the validation at `step` had a lower loss than the best copy has."""
+        return self.val is not None and self.val[0] == step and self.kept.improves(self.val[1])
+
+    def memory(self) -> dict:
+        """What a state file keeps of the copies, and of losses and norms where they count."""
+        windows = {"losses": self.losses, "norms": self.norms}
+        return self.kept.saved() | {name: window.saved() for name, window in windows.items() if window.values}
 
 
 def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epochs: int = 1) -> Run:
@@ -74,8 +103,28 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
         sampler.state = state.rng_state
     counted = min(args.val_batches, val_loader.num_batches)
     val_batches = counted if counted > 0 else val_loader.epoch_batches
-    start_token = end_of_text(tokenizer, V)
-    return Run(train_loader, val_loader, eval_loader, tokenizer, start_token, sampler, start, steps, val_batches)
+    return Run(
+        train_loader,
+        val_loader,
+        eval_loader,
+        tokenizer,
+        end_of_text(tokenizer, V),
+        sampler,
+        start,
+        steps,
+        val_batches,
+        open_kept(args, state),
+        open_window(args, state, "losses"),
+        open_window(args, state, "norms"),
+    )
+
+
+def open_window(args: Namespace, state: TrainState | None, name: str) -> OutlierDetector:
+    """The last losses or norms of the run that goes on. Raises UserError for a state where they are something else."""
+    try:
+        return OutlierDetector(state.extra.get(name) if state else None)
+    except ValueError as error:
+        raise UserError(f"{args.resume}: {name}: {error}", f"start anew from its weights: -e {args.resume}") from None
 
 
 def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None, int]:
@@ -101,7 +150,7 @@ def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
     return total / batches
 
 
-def validate(model, run: Run, step: int, args: Namespace, log: Logger, **phase) -> float:
+def validate(model, run: Run, step: int, args: Namespace, **phase) -> float:
     """The validation loss at `step`, printed and logged. Raises UserError if it is not finite.
 
     With --hellaswag 1 also that accuracy, though not in front of the first step.
@@ -109,10 +158,11 @@ def validate(model, run: Run, step: int, args: Namespace, log: Logger, **phase) 
     loss = evaluate(model, run.val_loader, run.val_batches, **phase)
     check_finite("val", loss, step, args)
     print(f"val loss {loss:f}", flush=True)
-    log.val(step, loss)
+    run.val = step, loss
+    run.log.val(step, loss)
     if run.eval_loader and (step > 0 or run.steps == 0):
         correct = hellaswag(model, run.eval_loader, **phase)
-        log.add("eval", step, correct / run.eval_loader.num_examples)
+        run.log.add("eval", step, correct / run.eval_loader.num_examples)
     return loss
 
 
@@ -153,45 +203,98 @@ def print_sample(model, run: Run, count: int, **phase) -> None:
     print("\n---", flush=True)
 
 
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps, 0: never, happens at `step`."""
+    return every > 0 and step % every == 0
+
+
+def saves(args: Namespace, run: Run, step: int, last_step: bool) -> bool:
+    """Whether the checkpoint is due after `step` updates: by -k, at the end, or as the best one so far."""
+    wanted = last_step or due(args.checkpoint_every, step) or (args.keep_best and run.improved(step))
+    return bool(args.checkpoint) and step > run.start and wanted
+
+
 def save(
     args: Namespace, model, file: Model, m: np.ndarray, v: np.ndarray, run: Run, extra: dict | None = None, **phase
 ) -> None:
     """Write the checkpoint `file` to -c, and what the run goes on from: m, v, data position, sampler and options.
 
-    extra: what else the trainer goes on from. Sets the loader's position in `file`. Raises UserError, and the
-    checkpoint of before stays, if a value to be written is not finite, or the loss of these weights, of which no step
-    has told yet, on the first validation batch.
+    Then the copies of --keep and --keep-best. extra: what else the trainer goes on from. Sets the loader's position in
+    `file`. Raises UserError, and the checkpoint of before stays, if a value to be written is not finite, or the loss of
+    these weights, of which no step has told yet, on the first validation batch.
     """
     check_finite("val", evaluate(model, run.val_loader, 1, **phase), file.step, args)
     loader = run.train_loader
     file.shard, file.sample = loader.shard, loader.sample
-    options = saved_options(args)
+    best = args.keep_best and run.improved(file.step)
+    if best:
+        run.kept.best = run.val[1]
+    if args.keep and file.step not in run.kept.steps:
+        run.kept.steps.append(file.step)
+    options, extra = saved_options(args), (extra or {}) | run.memory()
     state = TrainState(
-        file.step, run.sampler.state, file.shard, file.sample, m, v, loader.state(), options, extra=extra or {}
+        file.step, run.sampler.state, file.shard, file.sample, m, v, loader.state(), options, extra=extra
     )
     print(f"saving checkpoint to {args.checkpoint}", flush=True)
     for dropped in save_checkpoint(args.checkpoint, file, state):
         print(f"dropped {dropped.name}, which an earlier run left")
     megabytes = os.path.getsize(args.checkpoint) / 2**20
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
+    add_copies(args.checkpoint, file, run.kept, args.keep, best)
+
+
+def begin_step(args: Namespace, run: Run) -> float:
+    """What a step starts with: the first batch again under --overfit-batch, the bar; returns the time."""
+    if args.overfit_batch:
+        run.train_loader.reset()
+    run.progress.show()
+    return time.perf_counter()
+
+
+def spiked(args: Namespace, run: Run, loss: float, gradient_norm: Callable[[], float]) -> bool:
+    """Whether -sl or -sg skip this update, for a loss or a gradient norm far above the last 128, as train_gpt2.cu does.
+
+    Prints the z-scores (NaN until there are 128) and why an update is skipped; without the flags nothing.
+    """
+    values = []
+    for what, limit, window, value in (
+        ("loss", args.skip_loss_z, run.losses, lambda: loss),
+        ("grad", args.skip_grad_z, run.norms, gradient_norm),
+    ):
+        if limit:
+            x = value()
+            values.append((what, limit, x, window.update(x)))
+    if values:
+        run.progress.clear()
+        print(", ".join(f"{what} {x:.4f} ({z:+.2f}z)" for what, _, x, z in values), flush=True)
+    for what, limit, _, z in values:
+        if z > limit:  # NaN is not
+            print(f"skipping update due to {what} z-score of {z:f}", flush=True)
+            return True
+    return False
 
 
 def print_step(
-    args: Namespace, device, config: GPT2Config, step: int, steps: int, loss: float, started: float, lr, norm
+    args: Namespace, device, config: GPT2Config, run: Run, step: int, loss: float, started: float, lr, norm
 ) -> float:
-    """The line of a step that began at `started`, once it is done; returns the seconds that it took.
+    """The lines and the log's of the 0-based `step`, begun at `started`, once it is done; returns its seconds.
 
     With --mfu 1 one line behind it, and one where a gradient has a norm.
     """
     device.synchronize()
     seconds = time.perf_counter() - started
     tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
-    rate = int(tokens / seconds)
-    print(f"step {step:4d}/{steps}: train loss {loss:f} ({seconds * 1000:f} ms, {rate} tok/s)", flush=True)
+    rate = tokens / seconds
+    run.progress.clear()
+    told = f"step {step + 1:4d}/{run.steps}: train loss {loss:f}"
+    print(f"{told} ({seconds * 1000:f} ms, {int(rate)} tok/s)", flush=True)
     if args.mfu:
         print(described(card_name(device.describe()), device.tf32, config, tokens, T, seconds), flush=True)
     if norm is not None:
         print(f"lr {lr:.2e}, gradient norm {norm:.4f}", flush=True)
+    figures = {"lr": lr, "ms": 1000 * seconds, "tokens_per_second": rate}
+    run.log.train(step, loss, **figures, **({} if norm is None else {"gradient_norm": norm}))
+    run.progress.count(loss, rate)
     return seconds
 
 

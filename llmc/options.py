@@ -24,16 +24,25 @@ from llmc.cli import (
     positive_int,
 )
 from llmc.errors import UserError
-from llmc.outputs import check_outputs, same_file
+from llmc.keep import kept_names
+from llmc.outputs import check_outputs
 from llmc.resume import is_llmc_pair, load_checkpoint
 from llmc.schedulers import SCHEDULES
 from llmc.state import TrainState
 from llmc.tokenizer import BYTE_VOCAB
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SAVED = ("model", "checkpoint", "resume", "overwrite", "graph")  # the command line of a resumed run says these
+NOT_SAVED = (
+    "model",
+    "checkpoint",
+    "resume",
+    "overwrite",
+    "graph",
+    "progress",
+)  # the command line of a resumed run says these
 PATTERNS = ("train_data", "val_data")
-FILES = (*PATTERNS, "log", "tokenizer")
+LOGS = ("log", "log_json")
+FILES = (*PATTERNS, *LOGS, "tokenizer")
 CLONE = "{clone}"  # stands for the folder of this program in the names that a checkpoint keeps
 SAMPLE_TOKENS = 64  # at most, where -g is not typed
 
@@ -44,10 +53,13 @@ def add_options(parser: ArgumentParser) -> None:
     add("-e", "--model", default="model.bin", help="model file to start from")
     add("-c", "--checkpoint", help="where to save model and optimizer state (default: none, nothing is saved)")
     add("-k", "--checkpoint-every", type=natural, default=0, help="steps between saves, 0: at the end and at Ctrl-C")
+    add("--keep", type=natural, default=0, help="keep the last N saves under their steps, too: run_00000100.bin")
+    add("--keep-best", type=flag01, default=False, help="1: save at each lowest validation loss, kept as run_best.bin")
     add("-i", "--train-data", help="pattern of the training shards (default: TinyStories if there, else Shakespeare)")
     add("-j", "--val-data", help="pattern of the validation shards (default: as for -i)")
     add("-o", "--log", help="log file of s:STEP tel:LOSS and s:STEP trl:LOSS lines")
-    add("--overwrite", type=flag01, default=False, help="1: -c and -o may replace files of another run")
+    add("--log-json", metavar="FILE", help='log of {"step": N, "train_loss": ...} lines with all digits, lr, ms')
+    add("--overwrite", type=flag01, default=False, help="1: -c and the logs may replace files of another run")
     add("--tokenizer", help="tokenizer file for the samples (default: the model's, here or beside it)")
     add("--resume", metavar="CHECKPOINT", help="go on from this checkpoint with its settings; flags typed win")
     add = parser.add_argument_group("workload").add_argument
@@ -61,6 +73,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
     add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")
+    add("--progress", choices=("auto", "0", "1"), default="auto", help="a bar: auto (on a terminal), 0 or 1")
     add("--mfu", type=flag01, default=False, help="1: a line behind each step, how much of the GPU's promise it used")
     add = parser.add_argument_group("optimization").add_argument
     add("-l", "--lr", type=positive_float, default=3e-4, help="learning rate")
@@ -71,6 +84,8 @@ def add_options(parser: ArgumentParser) -> None:
     add("--decay-all", type=flag01, default=True, help="1: every tensor decays (train_gpt2.c), 0: matrices (.cu)")
     add("--beta2", type=below_one, default=0.999, help="of AdamW; beta1 is 0.9, eps 1e-8")
     add("--grad-clip", type=natural_float, default=0.0, help="largest gradient norm, 0: no limit")
+    add("-sl", "--skip-loss-z", type=natural_float, default=0.0, help="no update at a loss z-score above it, 0: off")
+    add("-sg", "--skip-grad-z", type=natural_float, default=0.0, help="the same of the gradient norm's, of 128 steps")
     add = parser.add_argument_group("evaluation").add_argument
     add("-v", "--val-every", type=natural, default=20, help="steps between validations, 0: first and last step")
     add(
@@ -131,7 +146,8 @@ def check_trainer(path: str, model: Model, state: TrainState, trainer: str) -> N
 def resumed_settings(path: str, state: TrainState, typed: set[str]) -> dict:
     """The settings by which the checkpoint `path` goes on, its files found from whatever folder it is typed in.
 
-    Raises UserError for a copy of a checkpoint whose log is elsewhere: it would write into the other run's log.
+    Raises UserError for a copy of a checkpoint that would write into the log of the run it was copied from, or, one
+    that --keep or --keep-best made, under a name that this run gives to others.
     """
     if is_llmc_pair(path, state):
         print(f"{path}: llm.c's pair, without settings: what is not typed is the default; nothing is saved without -c")
@@ -140,10 +156,22 @@ def resumed_settings(path: str, state: TrainState, typed: set[str]) -> dict:
     origin = saved.pop("checkpoint", None)
     if saved.pop("trainer", None):  # before the name was saved, files were relative to the folder of the first run
         saved |= {name: found_file(saved[name], path, name in PATTERNS) for name in FILES if saved.get(name)}
-    if origin and "log" not in typed and os.path.exists(origin) and not same_file(path, origin):
-        found = f"a copy of {origin}, whose log is {saved['log']}"
-        raise UserError(f"--resume {path}: {found}", "name a log of this run's own: -o NAME", 2)
+    if origin:
+        check_copy(path, os.path.normpath(os.path.join(os.path.dirname(path), origin)), saved, typed)
     return saved | {"model": path, "checkpoint": path}
+
+
+def check_copy(path: str, origin: str, saved: dict, typed: set[str]) -> None:
+    """Raise UserError if `path` is a copy of the checkpoint `origin` and would write what is that one's."""
+    if os.path.realpath(path) == os.path.realpath(origin):  # not samefile: --keep makes links
+        return
+    if kept_names(origin).fullmatch(os.path.basename(path)) and "checkpoint" not in typed:
+        message = f"--resume {path}: {os.path.basename(origin)} kept it, and may replace or remove it"
+        raise UserError(message, "name the checkpoint of this run: -c NAME", 2)
+    for name, flag in zip(LOGS, ("-o", "--log-json")):
+        if saved.get(name) and name not in typed and os.path.exists(origin):
+            found = f"a copy of {origin}, whose log is {saved[name]}"
+            raise UserError(f"--resume {path}: {found}", f"name a log of this run's own: {flag} NAME", 2)
 
 
 def kept_file(path: str, checkpoint: str, is_pattern: bool) -> str:
@@ -199,8 +227,9 @@ def saved_options(args: Namespace) -> dict:
     for name in FILES:
         if saved[name] is not None:
             saved[name] = kept_file(saved[name], args.checkpoint, name in PATTERNS)
-    if saved["log"] and os.path.isabs(saved["log"]):  # a copy of the checkpoint must not take it for its own
-        saved["checkpoint"] = os.path.abspath(args.checkpoint)
+    # a copy must not take a log for its own; below the checkpoint's folder it has one, if that was copied with it
+    elsewhere = any(saved[name] and os.path.isabs(saved[name]) for name in LOGS)
+    saved["checkpoint"] = os.path.abspath(args.checkpoint) if elsewhere else os.path.basename(args.checkpoint)
     return saved
 
 

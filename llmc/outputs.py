@@ -1,4 +1,4 @@
-"""What a run writes, -c and -o, checked and locked before it starts: it may not damage another run's work, nor its own.
+"""What a run writes, checked and locked before it starts: it may not damage another run's work, nor its own.
 
 A file that is there already stays, unless the run resumes it or was told --overwrite 1. Whatever is dropped is told in
 a printed line.
@@ -17,21 +17,23 @@ from llmc.resume import base_name, other_spelling
 
 
 def check_outputs(args: Namespace, typed: set[str]) -> None:
-    """Raise UserError unless -c and -o may be written; lock them, and say what will be replaced.
+    """Raise UserError unless -c, -o and --log-json may be written; lock them, and say what will be replaced.
 
     typed: the names of the flags that were given. Call it before anything is written.
     """
     for flag, path, others in (
         ("-c", args.checkpoint, {} if args.resume else {"-e": args.model}),
         ("-o", args.log, {"-c": args.checkpoint, "-e": args.model}),
+        ("--log-json", args.log_json, {"-o": args.log, "-c": args.checkpoint, "-e": args.model}),
     ):
         for other, name in others.items():
             if path and name and same_file(path, name):
                 raise UserError(f"{flag} {path}: is the file of {other}, too", f"name another file by {flag}", 2)
     if args.checkpoint:
         check_checkpoint(args)
-    if args.log:
-        check_log(args, typed)
+    for flag, name in (("-o", "log"), ("--log-json", "log_json")):
+        if getattr(args, name):
+            check_log(args, flag, getattr(args, name), bool(args.resume) and name not in typed)
 
 
 def check_checkpoint(args: Namespace) -> None:
@@ -51,18 +53,16 @@ def check_checkpoint(args: Namespace) -> None:
     print(f"{path} exists: the first save of this run replaces it")
 
 
-def check_log(args: Namespace, typed: set[str]) -> None:
-    """The part about -o. A resumed run goes on with the log it had; any other log that has lines is another's."""
-    path = args.log
+def check_log(args: Namespace, flag: str, path: str, own: bool) -> None:
+    """The part about a log. own: it is the one that a resumed run had; any other that has lines is another's."""
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         return  # a pipe or a device, as /dev/null, keeps nothing
-    check_replaceable(path, "-o")
+    check_replaceable(path, flag)
     if os.path.isdir(os.path.dirname(path) or "."):  # else Logger says what is missing
-        lock.acquire(path, "-o")
-    own = args.resume and "log" not in typed
+        lock.acquire(path, flag)
     if not own and not args.overwrite and os.path.exists(path) and os.path.getsize(path):
-        hint = f"another -o leaves it, --overwrite 1 {'goes on with' if args.resume else 'replaces'} it"
-        raise UserError(f"-o {path}: exists already", hint, 2)
+        hint = f"another {flag} leaves it, --overwrite 1 {'goes on with' if args.resume else 'replaces'} it"
+        raise UserError(f"{flag} {path}: exists already", hint, 2)
     if own and not os.path.exists(path):
         print(f"{path} is gone: a new log begins with this run")
 

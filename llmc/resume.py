@@ -89,11 +89,15 @@ def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState) ->
     write_state(current, state)
     _ours.add(current)
     write_model(path, model)
-    return _remove_earlier(path, current, state.rank)
+    return remove_states(path, current, state.rank)
 
 
-def _remove_earlier(path: Path, current: Path, rank: int) -> list[Path]:
-    """Remove states of earlier saves, and what a killed save left of its temporary files; read-only ones stay."""
+def remove_states(path: Path, current: Path | None = None, rank: int = 0) -> list[Path]:
+    """Remove the states of `path` but the current one, and what a killed save left of its temporary files.
+
+    Read-only ones stay. Returns those that this process had neither written nor resumed from. Raises UserError if the
+    system refuses.
+    """
     base = re.escape(base_name(path))
     state = rf"{base}_state_\d{{8}}_{rank:05d}_[0-9a-f]{{8}}\.bin"
     ours = re.compile(rf"{state}|\.(?:{state}|{re.escape(path.name)})\.\d+\.tmp")
