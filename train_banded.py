@@ -25,7 +25,7 @@ from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, split, tell_allocated
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
@@ -68,17 +68,22 @@ def arguments() -> ArgumentParser:
 
 # gradients that their product writes in the first micro-step; all others are added to, and start from 0
 WRITTEN = ("wte", "qkvw", "attprojw", "fcw", "fcprojw")
+KEPT = ("residual3",)  # activations of its own that a layer has with --recompute
 
 
 class GPT2:
     """GPT-2 on a device: parameters, gradients, m and v are one flat float32 buffer each, with a view per tensor."""
 
     def __init__(
-        self, device, config: GPT2Config, params: np.ndarray, B: int, T: int, band: Band = NO_BAND, kernel="band"
+        self, device, config: GPT2Config, params: np.ndarray, B, T, band: Band = NO_BAND, kernel="band", recompute=False
     ):
-        """band: the weights that are kept; kernel: "band" multiplies only those, "mask" all of them, and then masks."""
+        """band: the weights that are kept; kernel: "band" multiplies only those, "mask" all of them, and then masks.
+
+        recompute: of its activations a layer keeps its output alone, all others are one layer's, and backward runs the
+        layer again.
+        """
         self.ops, self.config, self.B, self.T = device, config, B, T
-        self.band, self.kernel = band, kernel
+        self.band, self.kernel, self.recompute = band, kernel, recompute
         self.skip_fc1, self.skip_fc2 = 0, 0  # the bands outside which products skip: none until weights are masked
         place = band.place(config.C)
         self.place = None if place is None else device.to_device(place)  # where along FC1's band a hidden unit lies
@@ -106,11 +111,10 @@ class GPT2:
             "residual3": (N, C),  # behind the MLP
         }
 
-    def allocate_activations(self) -> None:
-        """The buffers of forward, at its first call."""
-        B, T, L, C = self.B, self.T, self.config.L, self.config.C
-        N = B * T
-        shapes = {
+    def other_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What forward keeps outside the layers."""
+        N, C = self.B * self.T, self.config.C
+        return {
             "encoded": (N, C),
             "lnf": (N, C),
             "lnf_mean": (N,),
@@ -118,12 +122,22 @@ class GPT2:
             "logits": (N, self.config.Vp),
             "losses": (N,),
         }
-        layer = self.layer_shapes(B, T)
-        tell_allocated(4 * (L * num_values(layer) + num_values(shapes)), "activations")
-        self.layers = [allocate(self.ops, layer) for _ in range(L)]
+
+    def activation_bytes(self, recompute: bool) -> int:
+        """What forward keeps for backward, logits included."""
+        own, shared = split(self.layer_shapes(self.B, self.T), KEPT if recompute else None)
+        return 4 * (self.config.L * num_values(own) + num_values(shared) + num_values(self.other_shapes()))
+
+    def allocate_activations(self) -> None:
+        """The buffers of forward, at its first call."""
+        B, T, N = self.B, self.T, self.B * self.T
+        tell_allocated(self.activation_bytes(self.recompute), "activations")
+        own, shared = split(self.layer_shapes(B, T), KEPT if self.recompute else None)
+        shared = vars(allocate(self.ops, shared))
+        self.layers = [SimpleNamespace(**shared, **vars(allocate(self.ops, own))) for _ in range(self.config.L)]
         for a in self.layers:
-            a.rows = a.qkv.reshape(N, 3 * C)
-        self.acts = allocate(self.ops, shapes)
+            a.rows = a.qkv.reshape(N, -1)  # (N,3C)
+        self.acts = allocate(self.ops, self.other_shapes())
         self.inputs, self.targets = self.ops.zeros((B, T), np.int32), self.ops.zeros(N, np.int32)
 
     def mask_weights(self):
@@ -172,10 +186,11 @@ class GPT2:
         if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
 
-    def layer(self, l: int, a: SimpleNamespace, residual, start) -> None:
+    def layer(self, l: int, a: SimpleNamespace, residual, start, again: bool = False) -> None:
         """One layer over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it.
 
-        a.rows (N,3C): the new rows of a.qkv or, where `start` is an array (1), what is to become them.
+        a.rows (N,3C): the new rows of a.qkv or, where `start` is an array (1), what is to become them. again: for the
+        activations that layers share with --recompute; a.residual3 is there.
         """
         ops, p, NH = self.ops, self.params, self.config.NH
         ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
@@ -189,8 +204,9 @@ class GPT2:
         )
         ops.band_matmul_forward(a.fch, a.ln2, p.fcw[l], p.fcb[l], self.skip_fc1)
         ops.gelu_forward(a.fch_gelu, a.fch)
-        ops.band_matmul_forward(a.residual3, a.fch_gelu, p.fcprojw[l], p.fcprojb[l], self.skip_fc2)
-        ops.residual_forward(a.residual3, a.residual3, a.residual2)
+        if not again:
+            ops.band_matmul_forward(a.residual3, a.fch_gelu, p.fcprojw[l], p.fcprojb[l], self.skip_fc2)
+            ops.residual_forward(a.residual3, a.residual3, a.residual2)
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
@@ -227,6 +243,8 @@ class GPT2:
         ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, acts.lnf_mean, acts.lnf_rstd)
         for l in reversed(range(L)):
             a, residual = self.layers[l], self.layers[l - 1].residual3 if l > 0 else acts.encoded
+            if self.recompute and l < L - 1:  # the last layer's are still there
+                self.layer(l, a, residual, 0, again=True)
             fcw, fcprojw, skip1, skip2 = p.fcw[l], p.fcprojw[l], self.skip_fc1, self.skip_fc2
             ops.band_matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu, fcprojw, skip2, beta)
             ops.gelu_backward(d.bt4c, a.fch, d.bt4c)
@@ -351,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
 
     tell_allocated(file.params.nbytes, "model parameters")
     rows = share_rows(device, B, T, config.C, file.params.size)
-    batch = Shares(device, rows, lambda device, B: GPT2(device, config, file.params, B, T, band, args.kernel))
+    more = band, args.kernel, args.recompute
+    batch = Shares(device, rows, lambda device, B: GPT2(device, config, file.params, B, T, *more))
     model = batch.models[0]
     if state:
         model.allocate_moments(state.m, state.v)
@@ -362,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     schedule = dict(lr=args.lr, warmup=args.warmup, steps=steps, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
 
-    seconds = 0.0
+    seconds, before = 0.0, device.memory_used()
     with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step = step == steps
@@ -372,6 +391,8 @@ def main(argv: list[str] | None = None) -> int:
                 break
             if step == 0 or last_step or loop.due(args.val_every, step):
                 loop.validate(batch, run, step, args)
+            if args.recompute and step == start:
+                loop.print_memory(batch.models, device.memory_used() - before)
             if loop.saves(args, run, step, last_step):
                 save(args, batch, step, run)
             if args.sample_every and step > 0 and (last_step or loop.due(args.sample_every, step)):

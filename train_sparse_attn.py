@@ -27,21 +27,18 @@ import kernels  # before NumPy, see its docstring  # isort: skip
 import numpy as np
 
 from kernels.cpu.gpt2.adamw import RATES, adamw_rates
-from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
-from kernels.cpu.sparse.share_topk import tile_sums
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, query_blocks, tell_allocated, total_bytes
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, query_blocks, split, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
 from llmc.schedulers import learning_rate
-from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, UpstreamIndexer
+from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, Selection, UpstreamIndexer
 from systems.selection import add_report_options, measure, report, rows_at_once
 from systems.sparsity import (
     CONTROLLER,
-    SCORED,
     Sparsity,
     add_sparsity_options,
     check_architecture,
@@ -58,6 +55,7 @@ WRITTEN = ("qkvw", "attprojw", "fcw", "fcprojw")  # GPT-2
 WRITTEN += ("qaw", "qbw", "kvaw", "kvbw", "routerw", "expertw", "expertprojw", "headw")  # DeepSeek
 WRITTEN += ("idxqw", "idxkw", "idxww")  # indexer
 SCRATCH = ("btc", "scores", "p", "dense_lse", "sums")  # activations that are one buffer for all layers
+KEPT = ("residual3", "keep", "count", "index", "kl")  # with --recompute a layer has these alone for itself
 
 # ----------------------------------------------------------------------------------------------------------------------
 # options
@@ -107,12 +105,13 @@ class MLP(Part):
     def shapes(self, B: int, T: int) -> dict:
         return dict(fch=(B * T, 4 * self.config.C), fch_gelu=(B * T, 4 * self.config.C))
 
-    def forward(self, l: int, a):
-        """a.residual3 (N,C), what is added to the stream, from a.ln2 (N,C)."""
+    def forward(self, l: int, a, again: bool = False):
+        """a.residual3 (N,C), what is added to the stream, from a.ln2 (N,C); again: all but that."""
         ops, p = self.ops, self.params
         ops.matmul_forward(a.fch, a.ln2, p.fcw[l], p.fcb[l])
         ops.gelu_forward(a.fch_gelu, a.fch)
-        ops.matmul_forward(a.residual3, a.fch_gelu, p.fcprojw[l], p.fcprojb[l])
+        if not again:
+            ops.matmul_forward(a.residual3, a.fch_gelu, p.fcprojw[l], p.fcprojb[l])
 
     def backward(self, l: int, a, d, g, beta: int, balance: float):
         """d.btc (N,C), the gradient at a.ln2, from d.residual (N,C)."""
@@ -171,83 +170,6 @@ class Lightning(Part):
         ops.matmul_backward(None, g.idxkw[l], None, d.ik0, a.ln1, p.idxkw[l], beta)
 
 
-class Selection(Part):
-    """The keys of each query: those with the best scores, as many as k[l] or, if k adapts, as its selector allows."""
-
-    integers = ("keep", "count", "index")
-
-    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part, rows: int):
-        super().__init__(ops, config, sparsity, params)
-        self.rows = rows  # of queries whose scores are in memory at a time
-        self.indexer, self.seeds = indexer, ops.zeros(config.L, np.int32)  # of the random selector, by layer
-
-    def shapes_of(self, l: int, B: int, T: int, keys: int) -> dict:
-        s, shapes = self.sparsity, {}
-        if s.attention == "sparse":
-            shapes |= dict(
-                keep=(B, T),  # how many keys a query may keep
-                count=(B, T),  # how many it has
-                index=(B, T, min(s.k[l], keys)),  # where they are, then -1
-            )
-        if s.share > 1:
-            shapes |= dict(sums=(B, tile_sums(self.rows, s.share), keys))  # of the scores of a tile's queries, by tile
-        if s.adaptive == "prefix":
-            shapes |= dict(
-                features=(B, T, FEATURES),  # what the tokens up to a query are like
-                state=(B, 4, self.config.C),  # the sums behind them
-                hidden=(B, T, HIDDEN),
-                kappa=(B, T),  # the share of keys that the controller keeps
-            )
-        return shapes
-
-    def draw(self, number: int) -> None:
-        """Seed the random selector for its draw of that number."""
-        if self.sparsity.selector == "random":
-            seeds = (self.sparsity.seed + 1000003 * number) % 2**32 + 7919 * np.arange(self.config.L)
-            self.ops.copy_in(self.seeds, seeds.astype(np.uint32).view(np.int32))
-
-    def forward(self, l: int, a, start: int, leak: bool):
-        """a.index, a.count of the queries at positions start.., a block of them at a time."""
-        ops, s, (B, T) = self.ops, self.sparsity, a.count.shape
-        if s.selector == "oracle":
-            ops.attention_forward(a.btc, a.dense_lse, a.qkv, self.config.NH, start)
-        if s.adaptive == "prefix":
-            ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT, start)
-        elif s.adaptive == "upstream":  # all tokens that there are decide
-            ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
-        else:
-            a.keep.fill(s.k[l])
-        for first, scores in query_blocks(a.scores, B, start, start + T, self.rows):
-            self.score(l, a, scores, first, start)
-            if s.share > 1:
-                ops.share_topk(a.index, a.count, a.sums, scores, s.k[l], s.share, first, start, int(s.sink))
-                continue
-            if s.selector == "top-p":
-                ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
-            if s.adaptive == "prefix":
-                self.prefix_keep(l, a, scores, first, start)
-            ops.select_topk(a.index, a.count, scores, a.keep, first, start, int(s.force_self), int(s.sink), int(leak))
-
-    def score(self, l: int, a, scores, first: int, start: int):
-        """scores (B,rows,keys) of the queries at positions first..; of equal scores the most recent key's wins."""
-        ops, selector = self.ops, self.sparsity.selector
-        if selector == "oracle":
-            ops.attention_mean(scores, a.qkv, a.dense_lse, self.config.NH, first, start)
-        elif selector == "random":
-            ops.random_scores(scores, self.seeds[l : l + 1], first)
-        elif selector == "recency":
-            scores.fill(0)
-        elif selector in SCORED:
-            ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, self.indexer.scale, first, start)
-
-    def prefix_keep(self, l: int, a, scores, first: int, start: int):
-        """a.keep of a block of queries, from the features of what came before and the entropy of their scores."""
-        ops, p, rows, k = self.ops, self.params, scores.shape[1], self.sparsity.k[l]
-        w1, b1, w2, b2 = p.ctlw1[l], p.ctlb1[l], p.ctlw2[l], p.ctlb2[l]
-        ops.row_entropy(a.features, scores, first, start)  # the last feature
-        ops.keep_controller_forward(a.keep, a.kappa, a.hidden, a.features, w1, b1, w2, b2, first, rows, k, start)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # the model
 
@@ -260,9 +182,16 @@ class GPT2:
     sparsity.attention says; draw: number of the random selector's draw.
     """
 
-    def __init__(self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B, T, balance=0.01):
-        """params: all values, flat; B rows of T tokens; balance: weight of the experts' load-balance loss."""
-        self.ops, self.config, self.sparsity, self.B, self.T, self.balance = device, config, sparsity, B, T, balance
+    def __init__(
+        self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B, T, balance=0.01, recompute=False
+    ):
+        """params: all values, flat; B rows of T tokens; balance: weight of the experts' load-balance loss.
+
+        recompute: of its activations a layer keeps its output and its selection, all others are one layer's, and
+        backward runs the layer again.
+        """
+        self.ops, self.config, self.sparsity, self.B, self.T = device, config, sparsity, B, T
+        self.balance, self.recompute = balance, recompute
         self.extra = extra_shapes(config, sparsity)
         self.shapes = tensor_shapes(config) | self.extra
         self.own = num_parameters(config)  # values of the model itself, in front
@@ -308,14 +237,12 @@ class GPT2:
         parts = attention.shapes(B, T) | self.mlp.shapes(B, T) | self.indexer.shapes(B, T)
         return shapes | parts | self.selection.shapes_of(l, B, T, keys)
 
-    def allocate_activations(self) -> None:
-        """The buffers of forward, at its first call."""
-        ops, c, B, T, N = self.ops, self.config, self.B, self.T, self.B * self.T
+    def training_shapes(self, recompute: bool) -> tuple[list[dict], dict, dict]:
+        """What forward keeps: of each layer, of all layers together, outside the layers."""
+        c, B, T, N = self.config, self.B, self.T, self.B * self.T
         kept = {name: (B, T, channels) for name, channels in (self.attention.kept() | self.indexer.kept()).items()}
-        shapes = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
-        shared = allocate(ops, {name: shapes[0][name] for name in self.scratch if name in shapes[0]})
-        own = [{name: shape for name, shape in each.items() if name not in self.scratch} for each in shapes]
-        layers = [allocate(ops, each, self.integers) for each in own]
+        layers = [self.layer_shapes(l, self.attention, B, T, T) | kept for l in range(c.L)]
+        shared = (set(layers[0]) - set(KEPT)) if recompute else set(self.scratch)
         rest = dict(
             encoded=(N, c.C),
             lnf=(N, c.C),
@@ -324,10 +251,24 @@ class GPT2:
             logits=(N, c.Vp),
             losses=(N,),
         )
-        self.acts = allocate(ops, rest)
-        self.inputs, self.targets = ops.zeros((B, T), np.int32), ops.zeros(N, np.int32)
-        tell_allocated(sum(map(total_bytes, (*layers, shared, self.acts))), "activations")
-        self.layers = [SimpleNamespace(**vars(a), **vars(shared), seen=a.ln1.reshape(B, T, c.C)) for a in layers]
+        return [split(layer, shared)[1] for layer in layers], split(layers[0], shared)[0], rest
+
+    def activation_bytes(self, recompute: bool) -> int:
+        """What forward keeps for backward, logits included."""
+        layers, shared, rest = self.training_shapes(recompute)
+        return 4 * sum(map(num_values, (*layers, shared, rest)))
+
+    def allocate_activations(self) -> None:
+        """The buffers of forward, at its first call."""
+        tell_allocated(self.activation_bytes(self.recompute), "activations")
+        layers, shared, rest = self.training_shapes(self.recompute)
+        shared = vars(allocate(self.ops, shared, self.integers))
+        self.layers = [SimpleNamespace(**vars(allocate(self.ops, own, self.integers)), **shared) for own in layers]
+        for a in self.layers:
+            a.seen = a.ln1.reshape(self.B, self.T, -1)
+        self.acts = allocate(self.ops, rest)
+        self.inputs = self.ops.zeros((self.B, self.T), np.int32)
+        self.targets = self.ops.zeros(self.B * self.T, np.int32)
 
     def allocate_gradients(self) -> None:
         """The buffers of backward, at its first call."""
@@ -340,7 +281,7 @@ class GPT2:
         if self.sparsity.adaptive == "prefix":
             shapes |= dict(target=(B, T), ctl_losses=(B, T))  # keys that would have been enough; the controller's loss
         self.dacts = allocate(ops, shapes, ("target",))
-        tell_allocated(total_bytes(self.dacts), "activation gradients")
+        tell_allocated(4 * num_values(shapes), "activation gradients")
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
@@ -375,30 +316,47 @@ class GPT2:
 
     def launch_forward(self, has_targets: bool, grad_accum: int, dense: bool) -> None:
         """What forward does on the device."""
-        ops, p, acts, NH, N = self.ops, self.params, self.acts, self.config.NH, self.B * self.T
+        ops, p, acts, N = self.ops, self.params, self.acts, self.B * self.T
         ops.encoder_forward(acts.encoded, self.inputs, p.wte, p.wpe)
         residual = acts.encoded  # (N,C)
         for l, a in enumerate(self.layers):
-            ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-            self.attention.forward(l, a)
-            if dense:
-                ops.attention_forward(a.atty, a.lse, a.qkv, NH)
-            else:
-                self.indexer.forward(l, a)
-                self.selection.forward(l, a, 0, self.sparsity.leak)
-                ops.sparse_attention_forward(a.atty, a.lse, a.qkv, a.index, a.count, NH)
-            ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
-            ops.fused_residual_forward(
-                a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
-            )
-            self.mlp.forward(l, a)
-            ops.residual_forward(a.residual3, a.residual3, a.residual2)
+            self.layer(l, a, residual, self.attention, 0, dense, self.sparsity.leak)
             residual = a.residual3
         ops.layernorm_forward(acts.lnf, acts.lnf_mean, acts.lnf_rstd, residual, p.lnfw, p.lnfb)
         headw, headb = self.head(p)
         ops.matmul_forward(acts.logits, acts.lnf, headw, headb)  # (N,Vp)
         if has_targets:
             ops.fused_classifier(acts.losses, acts.logits, self.targets, self.config.V, 1 / (N * grad_accum))
+
+    def layer(
+        self, l: int, a, residual, attention: Attention, start: int, dense: bool, leak: bool, again: bool = False
+    ) -> None:
+        """Layer l over the rows `residual` (N,C) at positions start.. -> a, as layer_shapes lists it.
+
+        again: its selection and a.residual3 are there.
+        """
+        ops, p = self.ops, self.params
+        ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
+        attention.forward(l, a, start)
+        if not dense and not again:
+            self.indexer.forward(l, a, start)
+            self.selection.forward(l, a, start, leak)
+        attention.attend(l, a, start, dense)
+        ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
+        ops.fused_residual_forward(
+            a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
+        )
+        self.mlp.forward(l, a, again)
+        if not again:
+            ops.residual_forward(a.residual3, a.residual3, a.residual2)
+
+    def layer_again(self, l: int, dense: bool) -> None:
+        """Run layer l of the last forward again, for the activations that layers share with --recompute."""
+        self.layer(l, self.layers[l], self.residual(l), self.attention, 0, dense, self.sparsity.leak, again=True)
+
+    def residual(self, l: int):
+        """The residual stream (N,C) in front of layer l, for l = L behind the last."""
+        return self.layers[l - 1].residual3 if l > 0 else self.acts.encoded
 
     def mean_loss(self) -> float:
         """The loss of the last forward with targets; waits for that, not for what was begun since."""
@@ -422,39 +380,44 @@ class GPT2:
 
     def launch_backward(self, first: bool, model: bool, indexer: bool, dense: bool, grad_accum: int) -> None:
         """What backward does on the device."""
-        ops, p, L, NH, N = self.ops, self.params, self.config.L, self.config.NH, self.B * self.T
+        ops, p, L, N = self.ops, self.params, self.config.L, self.B * self.T
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
         if first:
             for grads in self.added_to:
                 grads.fill(0)
-        if indexer:
-            for l in reversed(range(L)):
-                if dense:
+        if model:
+            d.residual.fill(0)  # (N,C)
+            (headw, _), (dheadw, dheadb) = self.head(p), self.head(g)
+            ops.matmul_backward(d.btc, dheadw, dheadb, acts.logits, acts.lnf, headw, beta)
+            residual = self.residual(L)
+            ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, acts.lnf_mean, acts.lnf_rstd)
+        for l in reversed(range(L)):
+            again = self.recompute and l < L - 1  # the last layer's are still there
+            if again:
+                self.layer_again(l, dense)
+            if indexer:
+                if dense or again:
                     self.indexer.forward(l, self.layers[l])
                 self.divergence(l, dense, learn=True, scale=1 / (N * grad_accum))
                 self.indexer.backward(l, self.layers[l], d, g, beta)
-        if not model:
-            return
-        d.residual.fill(0)  # (N,C)
-        (headw, _), (dheadw, dheadb) = self.head(p), self.head(g)
-        residual = self.layers[L - 1].residual3
-        ops.matmul_backward(d.btc, dheadw, dheadb, acts.logits, acts.lnf, headw, beta)
-        ops.layernorm_backward(d.residual, g.lnfw, g.lnfb, d.btc, residual, p.lnfw, acts.lnf_mean, acts.lnf_rstd)
-        for l in reversed(range(L)):
-            a, residual = self.layers[l], self.layers[l - 1].residual3 if l > 0 else acts.encoded
-            self.mlp.backward(l, a, d, g, beta, self.balance / grad_accum)
-            ops.layernorm_backward(
-                d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2, p.ln2w[l], a.ln2_mean, a.ln2_rstd
-            )
-            dbias = None if self.mla else g.attprojb[l]
-            ops.matmul_backward(d.btc, g.attprojw[l], dbias, d.residual, a.atty, p.attprojw[l], beta)
-            if dense:
-                ops.attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, NH)
-            else:
-                ops.sparse_attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, a.index, a.count, NH)
-            self.attention.backward(l, a, d, g, beta)
-            ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
-        ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
+            if model:
+                self.layer_backward(l, beta, dense, self.balance / grad_accum)
+        if model:
+            ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
+
+    def layer_backward(self, l: int, beta: int, dense: bool, balance: float) -> None:
+        """d.residual (N,C), the gradient in front of layer l from that behind it, and those of its parameters."""
+        ops, p, g, d, a, residual = self.ops, self.params, self.grads, self.dacts, self.layers[l], self.residual(l)
+        NH, dbias = self.config.NH, None if self.mla else self.grads.attprojb[l]
+        self.mlp.backward(l, a, d, g, beta, balance)
+        ops.layernorm_backward(d.residual, g.ln2w[l], g.ln2b[l], d.btc, a.residual2, p.ln2w[l], a.ln2_mean, a.ln2_rstd)
+        ops.matmul_backward(d.btc, g.attprojw[l], dbias, d.residual, a.atty, p.attprojw[l], beta)
+        if dense:
+            ops.attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, NH)
+        else:
+            ops.sparse_attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, a.index, a.count, NH)
+        self.attention.backward(l, a, d, g, beta)
+        ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
 
     def divergence(self, l: int, dense: bool, learn: bool = False, scale: float = 0.0) -> None:
         """a.kl (B,T): KL(p || softmax(scores)) of each query, over all keys if attention is dense, else those selected.
@@ -553,18 +516,7 @@ class GPT2:
         ops.encoder_forward(residual, decoder.tokens[:, :n], p.wte, p.wpe, start)
         for l in range(self.config.L):
             a = self.decoder_layer(l, n, start)
-            ops.layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w[l], p.ln1b[l])
-            self.decoding.forward(l, a, start)
-            if not dense:
-                self.indexer.forward(l, a, start)
-                self.selection.forward(l, a, start, leak=False)  # there are no future keys
-            self.decoding.attend(l, a, start, dense)
-            ops.matmul_forward(a.residual2, a.atty, p.attprojw[l], None if self.mla else p.attprojb[l])
-            ops.fused_residual_forward(
-                a.residual2, a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, residual, p.ln2w[l], p.ln2b[l]
-            )
-            self.mlp.forward(l, a)
-            ops.residual_forward(a.residual3, a.residual3, a.residual2)
+            self.layer(l, a, residual, self.decoding, start, dense, leak=False)  # there are no future keys
             residual = a.residual3
         last, (headw, headb) = residual[n - 1 :], self.head(p)
         ops.layernorm_forward(decoder.lnf, decoder.lnf_mean, decoder.lnf_rstd, last, p.lnfw, p.lnfb)
@@ -641,7 +593,8 @@ def main(argv: list[str] | None = None) -> int:
     params = np.concatenate([file.params, extra])
     whole = is_moe(config) or sparsity.adaptive == "upstream"  # the experts' balance, or k, is the whole batch's
     rows = [B] if whole else share_rows(device, B, T, config.C, params.size)
-    batch = Shares(device, rows, lambda device, B: GPT2(device, config, sparsity, params, B, T, args.balance))
+    more = args.balance, args.recompute
+    batch = Shares(device, rows, lambda device, B: GPT2(device, config, sparsity, params, B, T, *more))
     model = batch.models[0]
     learns = args.train_indexer and sparsity.indexer_has_loss
     if state:
@@ -650,7 +603,7 @@ def main(argv: list[str] | None = None) -> int:
     schedule = dict(warmup=args.warmup, final_frac=args.final_lr_frac)
     adamw = dict(beta2=args.beta2, weight_decay=args.weight_decay, decay_all=args.decay_all, grad_clip=args.grad_clip)
 
-    seconds = 0.0
+    seconds, before = 0.0, device.memory_used()
     with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step, warming_up = step == steps, step < warmup  # in the warm-up attention is dense
@@ -664,6 +617,8 @@ def main(argv: list[str] | None = None) -> int:
                 loop.validate(batch, run, step, args, dense=warming_up)
                 if sparsity.attention == "sparse" or args.answers_after:
                     report(batch, run.val_loader, run.val_batches, args, run.log, step, warming_up)
+            if args.recompute and step == start:
+                loop.print_memory(batch.models, device.memory_used() - before)
             if loop.saves(args, run, step, last_step):
                 save(args, batch, step, run, warming_up)
             if args.sample_every and step > 0 and (last_step or loop.due(args.sample_every, step)):

@@ -38,7 +38,7 @@ from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
 from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
-from llmc.cli import ArgumentParser, flag01, natural, positive_int, refuse
+from llmc.cli import ArgumentParser, natural, positive_int, refuse
 from llmc.interrupt import Interrupt
 from llmc.schedulers import learning_rate
 from systems.torus import (
@@ -74,7 +74,6 @@ def arguments() -> ArgumentParser:
     add("--train", choices=("replaced", "all"), default="replaced", help="what learns: the replaced attention, or all")
     add("--epochs", type=positive_int, default=1, help="of the training data, if -n does not name the steps")
     add("--patience", type=natural, default=0, help="stop after so many validations without a better one, 0: never")
-    add("--recompute", type=flag01, default=False, help="1: keep a layer's output only, run it again in backward")
     options.add_options(parser)
     return parser
 
@@ -234,7 +233,8 @@ class GPT2:
     def layer(self, l: int, a: SimpleNamespace, out, residual, ring: Ring, start: int) -> None:
         """Layer l at positions start..start+T-1: out (N,C) from residual (N,C), N = B*T; other activations to a.
 
-        out may be residual; a.qkv (B,start+T,3C) holds queries, keys and values of the positions before start already.
+        out may be residual, or None if it is there already. a.qkv (B,start+T,3C) holds queries, keys and values of the
+        positions before start.
         """
         ops, p, s, NH, D = self.ops, self.params, self.torus, self.config.NH, self.torus.depth
         N, C = residual.shape
@@ -258,8 +258,9 @@ class GPT2:
         )
         ops.matmul_forward(a.fch, a.ln2, p.fcw[l], p.fcb[l])
         ops.gelu_forward(a.fch_gelu, a.fch)
-        ops.matmul_forward(out, a.fch_gelu, p.fcprojw[l], p.fcprojb[l])
-        ops.residual_forward(out, out, a.residual2)
+        if out is not None:
+            ops.matmul_forward(out, a.fch_gelu, p.fcprojw[l], p.fcprojb[l])
+            ops.residual_forward(out, out, a.residual2)
 
     def allocate_gradients(self) -> None:
         """Gradients of what learns, of activations, and dparams: for each tensor of GPT-2 where its gradient goes.
@@ -309,7 +310,7 @@ class GPT2:
         for l in reversed(range(self.lowest, L)):
             a, residual = self.layers[l], self._residual(l)
             if self.recompute and l < L - 1:  # the last layer's are still there
-                self.layer(l, a, acts.residual3[l], residual, self.ring, 0)
+                self.layer(l, a, None, residual, self.ring, 0)
             ops.matmul_backward(d.bt4c, g.fcprojw[l], g.fcprojb[l], d.residual, a.fch_gelu, p.fcprojw[l], beta)
             ops.gelu_backward(d.bt4c, a.fch, d.bt4c)
             ops.matmul_backward(d.btc, g.fcw[l], g.fcb[l], d.bt4c, a.ln2, p.fcw[l], beta)
@@ -519,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"early stop after {step} steps: {worse} validations without one below {best:f}")
                     last_step = True
             if step == start:
-                print_memory(batch.models, device.memory_used() - before)
+                loop.print_memory(batch.models, device.memory_used() - before)
             if loop.saves(args, run, step, last_step):
                 save(args, batch, step, run, extra)
             if args.sample_every and step > 0 and (last_step or loop.due(args.sample_every, step)):
@@ -543,18 +544,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"memory: {batch.memory_used() >> 20} MiB")
     loop.print_end(args, device, start, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
-
-
-def print_memory(models: list[GPT2], measured: int) -> None:
-    """What is expected of forward passes, with --recompute also without; and what they took, if any has been run.
-
-    models: of all shares; of several the others are in other processes.
-    """
-    recompute, ran = models[0].recompute, models[0].acts is not None and len(models) == 1
-    predicted, without = (sum(model.activation_bytes(way) for model in models) >> 20 for way in (recompute, False))
-    saved = f" ({without} without --recompute)" if recompute else ""
-    grew = f", memory grew by {measured >> 20} MiB" if ran else ""
-    print(f"activations: {predicted} MiB predicted{saved}{grew}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ def first_of(buffers: SimpleNamespace, shapes: dict[str, tuple[int, ...]]) -> Si
     )
 
 
+def split(shapes: dict[str, tuple[int, ...]], names: tuple[str, ...] | None) -> tuple[dict, dict]:
+    """Those shapes whose names are in `names`, all if it is None, and the others."""
+    chosen = {name: shape for name, shape in shapes.items() if names is None or name in names}
+    return chosen, {name: shape for name, shape in shapes.items() if name not in chosen}
+
+
 def query_blocks(buffer, B: int, start: int, T: int, most: int) -> Iterator[tuple]:
     """(first, B x rows x keys view of a flat buffer) for blocks of queries at first.. with the keys up to their last.
 
@@ -57,11 +63,6 @@ def query_blocks(buffer, B: int, start: int, T: int, most: int) -> Iterator[tupl
     for first in range(start, T, most):
         rows, keys = min(most, T - first), min(first + most, T)
         yield first, buffer[: B * rows * keys].reshape(B, rows, keys)
-
-
-def total_bytes(buffers: SimpleNamespace) -> int:
-    """The memory of all buffers together."""
-    return sum(array.nbytes for array in vars(buffers).values())
 
 
 _together: dict[str, int] | None = None  # bytes by purpose, while they are added up

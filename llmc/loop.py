@@ -298,6 +298,19 @@ def print_step(
     return seconds
 
 
+def print_memory(models: list, measured: int) -> None:
+    """What is expected of forward passes, with --recompute also without; and what they took, if any has been run.
+
+    models: of all shares, each with activation_bytes(recompute); of several the others are in other processes.
+    measured: bytes that came into use since before the first pass.
+    """
+    recompute, ran = models[0].recompute, models[0].acts is not None and len(models) == 1
+    predicted, without = (sum(model.activation_bytes(way) for model in models) >> 20 for way in (recompute, False))
+    saved = f" ({without} without --recompute)" if recompute else ""
+    grew = f", memory grew by {measured >> 20} MiB" if ran else ""
+    print(f"activations: {predicted} MiB predicted{saved}{grew}")
+
+
 def print_end(args: Namespace, device, start: int, step: int, finished: bool, seconds: float) -> None:
     """The last lines of a run from step `start` to `step`, so many seconds of steps; or what a signal left of it."""
     if not finished:

@@ -67,6 +67,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("-b", "--batch-size", type=positive_int, default=4, help="rows B of a batch")
     add("-t", "--seq-len", type=positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
     add("--grad-accum", type=positive_int, default=1, help="batches in a step")
+    add("--recompute", type=flag01, default=False, help="1: keep one layer's activations, run the others again")
     add("--shuffle", type=flag01, default=True, help="1: shuffle shards and samples, as llm.c does")
     add("--seed", type=positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
     add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")

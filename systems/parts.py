@@ -1,15 +1,20 @@
-"""Parts of a layer that stand in for train_sparse_attn.py's own, and what all parts have in common.
+"""Parts of a layer that train_sparse_attn.py chooses from, and what all parts have in common.
 
-Latents (AbsorbedLatents where text is decoded) and Experts are DeepSeek's MLA and MoE in the place of GPT-2's Heads and
-MLP; UpstreamIndexer is the published experiments' in the place of Lightning.
+Selection is that of all selectors. Latents (AbsorbedLatents where text is decoded) and Experts are DeepSeek's MLA and
+MoE in the place of GPT-2's Heads and MLP; UpstreamIndexer is the published experiments' in the place of Lightning.
 """
 
 from types import SimpleNamespace
 
+import numpy as np
+
 from kernels.cpu.deepseek.expert_plan import expert_rows
+from kernels.cpu.sparse.keep_controller import FEATURES, HIDDEN
+from kernels.cpu.sparse.share_topk import tile_sums
+from llmc.buffers import query_blocks
 from llmc.checkpoint import GPT2Config
 from systems.selection import kept_pairs
-from systems.sparsity import Sparsity, is_mla
+from systems.sparsity import SCORED, Sparsity, is_mla
 
 
 class Part:
@@ -166,8 +171,8 @@ class Experts(Part):
             exy=(rows, c.C),  # outputs
         )
 
-    def forward(self, l: int, a):
-        """a.residual3 (N,C), what is added to the stream, from a.ln2 (N,C)."""
+    def forward(self, l: int, a, again: bool = False):
+        """a.residual3 (N,C), what is added to the stream, from a.ln2 (N,C); again: all but that."""
         ops, p = self.ops, self.params
         ops.matmul_forward(a.router, a.ln2, p.routerw[l])
         ops.router_forward(a.probs, a.gates, a.experts, a.router)
@@ -176,7 +181,8 @@ class Experts(Part):
         ops.expert_matmul_forward(a.exh, a.exi, p.expertw[l], a.tile_expert)
         ops.silu_forward(a.exa, a.exh)
         ops.expert_matmul_forward(a.exy, a.exa, p.expertprojw[l], a.tile_expert)
-        ops.expert_combine_forward(a.residual3, a.exy, a.gates, a.slot)
+        if not again:
+            ops.expert_combine_forward(a.residual3, a.exy, a.gates, a.slot)
 
     def backward(self, l: int, a, d, g, beta: int, balance: float):
         """d.btc (N,C), the gradient at a.ln2, from d.residual (N,C) and from `balance` times the load-balance loss."""
@@ -230,3 +236,80 @@ class UpstreamIndexer(Part):
         ops.matmul_backward(None, g.idxqw[l], g.idxqb[l], d.iq.reshape(N, -1), a.ln1, p.idxqw[l], beta)
         ops.matmul_backward(None, g.idxkw[l], g.idxkb[l], d.ik.reshape(N, -1), a.ln1, p.idxkw[l], beta)
         ops.column_sum(g.idxwb[l], d.iw.reshape(N, -1))
+
+
+class Selection(Part):
+    """The keys of each query: those with the best scores, as many as k[l] or, if k adapts, as its selector allows."""
+
+    integers = ("keep", "count", "index")
+
+    def __init__(self, ops, config: GPT2Config, sparsity: Sparsity, params: SimpleNamespace, indexer: Part, rows: int):
+        super().__init__(ops, config, sparsity, params)
+        self.rows = rows  # of queries whose scores are in memory at a time
+        self.indexer, self.seeds = indexer, ops.zeros(config.L, np.int32)  # of the random selector, by layer
+
+    def shapes_of(self, l: int, B: int, T: int, keys: int) -> dict:
+        s, shapes = self.sparsity, {}
+        if s.attention == "sparse":
+            shapes |= dict(
+                keep=(B, T),  # how many keys a query may keep
+                count=(B, T),  # how many it has
+                index=(B, T, min(s.k[l], keys)),  # where they are, then -1
+            )
+        if s.share > 1:
+            shapes |= dict(sums=(B, tile_sums(self.rows, s.share), keys))  # of the scores of a tile's queries, by tile
+        if s.adaptive == "prefix":
+            shapes |= dict(
+                features=(B, T, FEATURES),  # what the tokens up to a query are like
+                state=(B, 4, self.config.C),  # the sums behind them
+                hidden=(B, T, HIDDEN),
+                kappa=(B, T),  # the share of keys that the controller keeps
+            )
+        return shapes
+
+    def draw(self, number: int) -> None:
+        """Seed the random selector for its draw of that number."""
+        if self.sparsity.selector == "random":
+            seeds = (self.sparsity.seed + 1000003 * number) % 2**32 + 7919 * np.arange(self.config.L)
+            self.ops.copy_in(self.seeds, seeds.astype(np.uint32).view(np.int32))
+
+    def forward(self, l: int, a, start: int, leak: bool):
+        """a.index, a.count of the queries at positions start.., a block of them at a time."""
+        ops, s, (B, T) = self.ops, self.sparsity, a.count.shape
+        if s.selector == "oracle":
+            ops.attention_forward(a.btc, a.dense_lse, a.qkv, self.config.NH, start)
+        if s.adaptive == "prefix":
+            ops.prefix_features(a.features, a.state, a.ln1.reshape(B, T, -1), self.config.maxT, start)
+        elif s.adaptive == "upstream":  # all tokens that there are decide
+            ops.upstream_controller(a.keep, a.seen, self.params.controller[l])
+        else:
+            a.keep.fill(s.k[l])
+        for first, scores in query_blocks(a.scores, B, start, start + T, self.rows):
+            self.score(l, a, scores, first, start)
+            if s.share > 1:
+                ops.share_topk(a.index, a.count, a.sums, scores, s.k[l], s.share, first, start, int(s.sink))
+                continue
+            if s.selector == "top-p":
+                ops.mass_count(a.keep, scores, s.coverage, first, start, 1)
+            if s.adaptive == "prefix":
+                self.prefix_keep(l, a, scores, first, start)
+            ops.select_topk(a.index, a.count, scores, a.keep, first, start, int(s.force_self), int(s.sink), int(leak))
+
+    def score(self, l: int, a, scores, first: int, start: int):
+        """scores (B,rows,keys) of the queries at positions first..; of equal scores the most recent key's wins."""
+        ops, selector = self.ops, self.sparsity.selector
+        if selector == "oracle":
+            ops.attention_mean(scores, a.qkv, a.dense_lse, self.config.NH, first, start)
+        elif selector == "random":
+            ops.random_scores(scores, self.seeds[l : l + 1], first)
+        elif selector == "recency":
+            scores.fill(0)
+        elif selector in SCORED:
+            ops.indexer_scores_forward(scores, a.iq, a.ik, a.iw, self.indexer.scale, first, start)
+
+    def prefix_keep(self, l: int, a, scores, first: int, start: int):
+        """a.keep of a block of queries, from the features of what came before and the entropy of their scores."""
+        ops, p, rows, k = self.ops, self.params, scores.shape[1], self.sparsity.k[l]
+        w1, b1, w2, b2 = p.ctlw1[l], p.ctlb1[l], p.ctlw2[l], p.ctlb2[l]
+        ops.row_entropy(a.features, scores, first, start)  # the last feature
+        ops.keep_controller_forward(a.keep, a.kappa, a.hidden, a.features, w1, b1, w2, b2, first, rows, k, start)

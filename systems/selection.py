@@ -128,6 +128,8 @@ def measure_rows(model, inputs: np.ndarray, dense: bool = False) -> tuple[list[f
     ops.synchronize()
     whole, chosen, divergences, agreements = time.perf_counter() - began, 0.0, [], []
     for l, a in enumerate(model.layers):
+        if model.recompute:
+            model.layer_again(l, dense)
         began = time.perf_counter()
         model.indexer.forward(l, a)
         model.selection.forward(l, a, 0, model.sparsity.leak)

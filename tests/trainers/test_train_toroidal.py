@@ -163,20 +163,9 @@ def test_diff_aligns_it_with_the_banded_trainer(train, call):
     assert not diff.compare_losses(banded, torus, None)
 
 
-@pytest.mark.parametrize("flags", ["--layers 0,1", "--layers 0 --train all --learn-lambda 1 --fusion attention"])
-def test_recompute_changes_no_digit(train, flags):
-    flags = f"{flags} -n 6 -v 2 -s 3 --grad-accum 2 -l 0.01 --grad-clip 0.5"
-    keeping, again = (done(train(f"{flags} --recompute {value} -c {value}.bin")).out for value in (0, 1))
-    apart = re.compile(r"\||allocated|activations|memory")
-    one, other = ([line for line in tiny.without_times(out).splitlines() if not apart.match(line)] for out in (
-        keeping.replace("0.bin", "1.bin"), again))  # fmt: skip
-    assert one == other
-    assert losses(again) == losses(keeping) and len(losses(again)) == 6
-    assert_same_run("0.bin", "1.bin")
-
-
-def test_recompute_tells_what_it_saves(train, folder):
+def test_recompute_tells_what_it_saves(train, folder, monkeypatch):
     """Rows of the residual stream remain, and one layer's activations: at this size a third."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # one process, which sees all of it
     tiny.make_folder(folder, tiny.resized(L=6, C=32, V=256, Vp=256, maxT=256))
     write_tokens("train.bin", np.zeros(4 * 256 + 1, np.uint16))
     sizes = dict(batch_size=4, seq_len=256, train_data="train.bin", val_data="train.bin")
