@@ -29,6 +29,7 @@ from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, s
 from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
+from llmc.ranks import open_ranks
 from llmc.schedulers import learning_rate
 from systems.band import NO_BAND, Band, choose_band, print_band, print_masks
 
@@ -353,11 +354,12 @@ def save(args: Namespace, batch: Shares, step: int, run: loop.Run):
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, for losses that overflow: reported below, once
-    args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py")
+    ranks = open_ranks()
+    args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py", ranks)
     band = choose_band(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32, args.graph)
-    run = loop.open_run(args, config, state)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    run = loop.open_run(args, config, state, ranks)
     start, steps = run.start, run.steps
 
     table.heading()
@@ -365,10 +367,10 @@ def main(argv: list[str] | None = None) -> int:
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
     print_masks(args, config, band)
-    options.print_workload(steps, run.val_batches)
+    options.print_workload(steps, run.val_batches, ranks)
 
     tell_allocated(file.params.nbytes, "model parameters")
-    rows = share_rows(device, B, T, config.C, file.params.size)
+    rows = [B] if ranks.size > 1 else share_rows(device, B, T, config.C, file.params.size)
     more = band, args.kernel, args.recompute
     batch = Shares(device, rows, lambda device, B: GPT2(device, config, file.params, B, T, *more))
     model = batch.models[0]
@@ -385,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
     with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step = step == steps
-            if interrupt.signal and not last_step:
+            if run.stops(interrupt) and not last_step:
                 if args.checkpoint and step > start:
                     save(args, batch, step, run)
                 break
@@ -403,16 +405,18 @@ def main(argv: list[str] | None = None) -> int:
             started = loop.begin_step(args, run)
             loss = 0.0
             for micro_step in range(grad_accum):
-                batch.forward(*run.train_loader.next_batch(), grad_accum)
+                batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
                 batch.backward(first=micro_step == 0)
                 loss += batch.mean_loss() / grad_accum
+            ranks.add_up(model.grads_flat)
+            loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             skips = loop.spiked(args, run, loss, model.gradient_norm)
             norm = None if skips else model.update(step + 1, lr, **adamw)
             seconds += loop.print_step(args, device, config, run, step, loss, started, lr, norm)
 
-    loop.print_end(args, device, start, step, last_step, seconds)
+    loop.print_end(args, device, run, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

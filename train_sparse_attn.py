@@ -34,6 +34,7 @@ from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, q
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
+from llmc.ranks import open_ranks
 from llmc.schedulers import learning_rate
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, Selection, UpstreamIndexer
 from systems.selection import add_report_options, measure, report, rows_at_once
@@ -572,19 +573,21 @@ def save(args: Namespace, batch: Shares, step: int, run: loop.Run, dense: bool):
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, for losses that overflow: reported below, once
-    args, typed, file, state = options.parse_options(arguments(), argv, "train_sparse_attn.py")
+    ranks = open_ranks()
+    args, typed, file, state = options.parse_options(arguments(), argv, "train_sparse_attn.py", ranks)
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32, args.graph)
-    run = loop.open_run(args, config, state)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    run = loop.open_run(args, config, state, ranks)
     start, steps, warmup = run.start, run.steps, args.indexer_warmup
+    batches = grad_accum * ranks.size  # of a step
 
     table.heading()
     print_sparsity(sparsity, T)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
-    options.print_workload(steps, run.val_batches)
+    options.print_workload(steps, run.val_batches, ranks)
 
     extra = extra_init(file, sparsity, args.model, args.seed or 1337)
     tell_allocated(file.params.nbytes + extra.nbytes, "model parameters")
@@ -592,7 +595,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{extra.size} parameters of indexer and controller, {file.params.size + extra.size} in all")
     params = np.concatenate([file.params, extra])
     whole = is_moe(config) or sparsity.adaptive == "upstream"  # the experts' balance, or k, is the whole batch's
-    rows = [B] if whole else share_rows(device, B, T, config.C, params.size)
+    rows = [B] if whole or ranks.size > 1 else share_rows(device, B, T, config.C, params.size)
     more = args.balance, args.recompute
     batch = Shares(device, rows, lambda device, B: GPT2(device, config, sparsity, params, B, T, *more))
     model = batch.models[0]
@@ -607,7 +610,7 @@ def main(argv: list[str] | None = None) -> int:
     with Interrupt() as interrupt, run.watch(args, batch.memory_used):
         for step in range(start, steps + 1):
             last_step, warming_up = step == steps, step < warmup  # in the warm-up attention is dense
-            if interrupt.signal and not last_step:
+            if run.stops(interrupt) and not last_step:
                 if args.checkpoint and step > start:
                     save(args, batch, step, run, warming_up)
                 break
@@ -616,7 +619,7 @@ def main(argv: list[str] | None = None) -> int:
             if step == 0 or last_step or loop.due(args.val_every, step) or step == warmup > 0:
                 loop.validate(batch, run, step, args, dense=warming_up)
                 if sparsity.attention == "sparse" or args.answers_after:
-                    report(batch, run.val_loader, run.val_batches, args, run.log, step, warming_up)
+                    report(batch, run, args, step, warming_up)
             if args.recompute and step == start:
                 loop.print_memory(batch.models, device.memory_used() - before)
             if loop.saves(args, run, step, last_step):
@@ -629,11 +632,13 @@ def main(argv: list[str] | None = None) -> int:
             started = loop.begin_step(args, run)
             loss = 0.0
             for micro_step in range(grad_accum):
-                batch.forward(*run.train_loader.next_batch(), grad_accum, dense=warming_up, draw=step + 1)
-                batch.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=grad_accum)
+                batch.forward(*run.train_loader.next_batch(), batches, dense=warming_up, draw=step + 1)
+                batch.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=batches)
                 loss += batch.mean_loss() / grad_accum
                 if learns:
                     loop.check_finite("indexer's", batch.mean("mean_kl"), step + 1, args)
+            ranks.add_up(model.grads_flat)
+            loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             if warming_up:  # a schedule for each stage
                 at, length, indexer_lr = step, warmup, args.indexer_lr
@@ -647,7 +652,7 @@ def main(argv: list[str] | None = None) -> int:
                 norm = model.update(model_t, lr, indexer_t, indexer_lr, dense=warming_up, **adamw)
             seconds += loop.print_step(args, device, config, run, step, loss, started, lr, norm)
 
-    loop.print_end(args, device, start, step, last_step, seconds)
+    loop.print_end(args, device, run, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

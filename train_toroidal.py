@@ -40,6 +40,7 @@ from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, t
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, natural, positive_int, refuse
 from llmc.interrupt import Interrupt
+from llmc.ranks import open_ranks
 from llmc.schedulers import learning_rate
 from systems.torus import (
     ATTENTION,
@@ -462,7 +463,8 @@ def save(args: Namespace, batch: Shares, step: int, run: loop.Run, extra: dict) 
 
 def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, for losses that overflow: reported below, once
-    args, typed, file, state = options.parse_options(arguments(), argv, "train_toroidal.py")
+    ranks = open_ranks()
+    args, typed, file, state = options.parse_options(arguments(), argv, "train_toroidal.py", ranks)
     torus = choose_torus(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
     earlier = state.options.get("train", args.train) if state else args.train
@@ -478,8 +480,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     )
     best, worse = loop.best_so_far(args, state)  # worse: validations since the best
-    device = kernels.open_device(args.device, args.tf32, args.graph)
-    run = loop.open_run(args, config, state, args.epochs)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    run = loop.open_run(args, config, state, ranks, args.epochs)
     start, steps = run.start, run.steps
 
     if args.init == "random" and not state and torus.layers:
@@ -487,14 +489,14 @@ def main(argv: list[str] | None = None) -> int:
     learns = None if args.train == "all" else torus.layers
     replaced = Torus() if args.control else torus
     params = np.concatenate([file.params, extra_init(file, replaced, args.seed or 42)])
-    rows = share_rows(device, B, T, config.C, params.size)
+    rows = [B] if ranks.size > 1 else share_rows(device, B, T, config.C, params.size)
     batch = Shares(device, rows, lambda device, B: GPT2(device, config, replaced, params, B, T, learns, args.recompute))
     model = batch.models[0]
     table.heading()
     print_torus(config, torus, model.num_trained, args)
     options.print_options(args)
     options.print_model(device.describe(), device.tf32, config)
-    options.print_workload(steps, run.val_batches)
+    options.print_workload(steps, run.val_batches, ranks)
     tell_allocated(params.nbytes, "model parameters")
     if state:
         model.allocate_moments(state.m, state.v)
@@ -508,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
         for step in range(start, steps + 1):
             last_step = step == steps
             extra = {"best_loss": best, "worse": worse}  # without this step's validation, which a resumed run repeats
-            if interrupt.signal and not last_step:
+            if run.stops(interrupt) and not last_step:
                 if args.checkpoint and step > start:
                     save(args, batch, step, run, extra)
                 break
@@ -531,9 +533,11 @@ def main(argv: list[str] | None = None) -> int:
             started = loop.begin_step(args, run)
             loss = 0.0
             for micro_step in range(grad_accum):
-                batch.forward(*run.train_loader.next_batch(), grad_accum)
+                batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
                 batch.backward(first=micro_step == 0)
                 loss += batch.mean_loss() / grad_accum
+            ranks.add_up(model.grads_flat)
+            loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)
             skips = loop.spiked(args, run, loss, model.gradient_norm)
@@ -542,7 +546,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if last_step:
         print(f"memory: {batch.memory_used() >> 20} MiB")
-    loop.print_end(args, device, start, step, last_step, seconds)
+    loop.print_end(args, device, run, step, last_step, seconds)
     return interrupt.exit_code  # 0, but after a signal during the last step
 
 

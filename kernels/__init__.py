@@ -1,23 +1,19 @@
 """Ops for GPT-2 training: kernels.cpu is NumPy, kernels.cuda handwritten CUDA. Device lists what both can do.
 
-Import this before NumPy: it sets how long the threads of OpenBLAS spin when they have nothing to do.
+Import this before NumPy: kernels/threads.py tells OpenBLAS about its threads.
 """
 
-import os
 import sys
 
+from kernels import threads  # noqa: F401  # before NumPy, which comes with the next line  # isort: skip
+from kernels.device import Device
 from llmc.errors import UserError
 
-# 2^20 cycles, 0.3 ms, instead of 2^26. longer, and they hold a core that the elementwise ops want: in a step of 7.3M
-# parameters on 2 cores AdamW takes 13 ms instead of 24, the classifier 10 instead of 20. shorter, and every product has
-# to wake them
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
-from kernels.device import Device  # NumPy comes with it
-
-
-def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto") -> Device:
+def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto", local_rank: int = 0) -> Device:
     """The device "cpu" or "cuda"; "auto" is the GPU if there is one that works, else the CPU.
+
+    local_rank: of several processes on this machine, which GPU is this one's.
 
     tf32: the GPU may round the operands of matrix products to TF32. graph: whether a model's calls become CUDA graphs
     (kernels/graph.py): "auto" where they can, "1" or it is an error, "0" never. Raises UserError if "cuda" cannot be

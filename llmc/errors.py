@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from llmc import startup
@@ -46,6 +47,9 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stderr.reconfigure(errors="backslashreplace")
+    from llmc import ranks
+
+    lines = []
     try:
         startup.end()  # in here Ctrl-C is told below
         code = main() or 0
@@ -53,7 +57,7 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         sys.stdout.flush()
         tell(error)
-        code = error.exit_code
+        code, lines = error.exit_code, [f"error: {error.message}", f"---> HINT: {error.hint}"]
     except BrokenPipeError:  # `... | head`: nobody reads on; keep Python's shutdown from flushing into the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
@@ -65,6 +69,13 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except MemoryError as error:
-        print(f"error: out of memory: {error}\n---> HINT: lower -b or -t, or take a smaller model", file=sys.stderr)
+        lines = [f"error: out of memory: {error}", "---> HINT: lower -b or -t, or take a smaller model"]
+        print(*lines, sep="\n", file=sys.stderr)
         code = 1
+    except Exception:  # a mistake of ours; of several ranks the others must not wait for this one
+        lines = traceback.format_exc().splitlines()
+        print(*lines, sep="\n", file=sys.stderr)
+        code = 1
+    if lines:
+        ranks.end_all(code, lines)
     sys.exit(code)

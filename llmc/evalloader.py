@@ -135,7 +135,7 @@ class EvalLoader:
     """Batches of an eval file: B // 4 examples of four rows each; rows beyond those are not used.
 
     T: positions of a row, of which the longest example must leave one free, as in llm.c; None: as many as that takes.
-    most: examples at most, the first ones; 0: all.
+    most: examples at most, the first ones; 0: all. Of nproc processes each takes every nproc-th.
     Raises UserError for a damaged file, a token beyond vocab_size, or too few rows or positions.
     """
 
@@ -146,6 +146,8 @@ class EvalLoader:
         T: int | None = None,
         vocab_size: int | None = None,
         most: int = 0,
+        rank: int = 0,
+        nproc: int = 1,
     ):
         self.path, self.examples = path, read_examples(path, vocab_size)[: most or None]
         if B < COMPLETIONS:
@@ -157,8 +159,9 @@ class EvalLoader:
             found = f"example {-index} takes {needed} positions, a row has {self.T}"
             raise UserError(f"{path}: {found}", f"-t {needed}, if the model has as many")
         self.batch_examples = B // COMPLETIONS
-        self.num_examples = len(self.examples)
-        self.num_batches = -(-self.num_examples // self.batch_examples)
+        self.num_examples = len(self.examples)  # of all ranks
+        self.examples = self.examples[rank::nproc]
+        self.num_batches = -(-len(self.examples) // self.batch_examples)
         self._inputs = np.zeros((B, self.T), np.int32)
         self._targets = np.zeros((B, self.T), np.int32)
         self.reset()

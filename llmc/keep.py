@@ -21,6 +21,7 @@ from llmc.checkpoint import Model
 from llmc.errors import UserError, explain_os_error
 from llmc.files import atomic_write, check_replaceable, is_read_only, open_file
 from llmc.outputs import same_file
+from llmc.ranks import ALONE, Ranks
 from llmc.resume import base_name, remove_states, state_path
 from llmc.state import TrainState
 
@@ -59,8 +60,8 @@ def kept_names(path: str | os.PathLike, numbered: bool = True, best: bool = True
     return re.compile(rf"{re.escape(base_name(Path(path)))}_({which})\.bin")
 
 
-def open_kept(args: Namespace, state: TrainState | None) -> Kept:
-    """The copies of the run that goes on under its own -c; none of a new run.
+def open_kept(args: Namespace, state: TrainState | None, writes: bool = True) -> Kept:
+    """The copies of the run that goes on under its own -c; none of a new run. writes: this process does, so it looks.
 
     Raises UserError for a flag that could do nothing, for a state that lists something else, and for a file in the
     place of a copy that this run did not write.
@@ -82,7 +83,7 @@ def open_kept(args: Namespace, state: TrainState | None) -> Kept:
         kept = read_kept(args.resume, state.extra.get("kept", {}))
     own = {kept_path(path, step) for step in kept.steps} | ({kept_path(path, BEST)} if kept.best is not None else set())
     names = kept_names(path, args.keep > 0, args.keep_best)
-    for other in sorted(path.parent.iterdir()) if args.keep or args.keep_best else ():
+    for other in sorted(path.parent.iterdir()) if writes and (args.keep or args.keep_best) else ():
         if names.fullmatch(other.name) and other not in own:
             if not args.overwrite:
                 flag = "--keep-best 1" if other.name.endswith(f"_{BEST}.bin") else f"--keep {args.keep}"
@@ -102,30 +103,40 @@ def read_kept(path: str | os.PathLike, saved) -> Kept:
     return Kept(steps, best)
 
 
-def add_copies(path: str | os.PathLike, model: Model, kept: Kept, most: int, best: bool) -> None:
+def add_copies(path: str | os.PathLike, model: Model, kept: Kept, most: int, best: bool, ranks: Ranks = ALONE) -> None:
     """Keep what was just saved as `path` under its number, if `most` > 0, and as the best one; then drop the oldest.
 
-    kept: as it was saved, with this step among its steps. Raises UserError if the system refuses.
+    kept: as it was saved, with this step among its steps. ranks: each has a state, the first one writes the model.
+    Raises UserError if the system refuses.
     """
     for which in ([model.step] if most else []) + ([BEST] if best else []):
-        copy = kept_path(path, which)
-        if copy.exists() and is_read_only(copy):
+        copy, rank = kept_path(path, which), ranks.rank
+        stays = copy.exists() and is_read_only(copy)
+        ranks.meet()  # all have looked
+        if stays:
             print(f"{copy.name} is read-only and stays as it is")
             continue
-        state = state_path(copy, model)
-        second_name(state_path(os.path.realpath(path), model), state)
-        second_name(Path(os.path.realpath(path)), copy)
-        remove_states(copy, state)
+        state = state_path(copy, model, rank)
+        second_name(state_path(os.path.realpath(path), model, rank), state)
+        ranks.meet()
+        if rank == 0:
+            second_name(Path(os.path.realpath(path)), copy)
+        ranks.meet()
+        remove_states(copy, state, rank)
         print(f"kept as {copy.name}" + (f", val loss {kept.best:f} is the lowest so far" if which == BEST else ""))
     while most and len(kept.steps) > most:
         old = kept_path(path, kept.steps.pop(0))
+        goes = old.exists() and not is_read_only(old)
+        ranks.meet()
+        if not goes:
+            continue
         try:
-            if not old.exists() or is_read_only(old):
-                continue
-            old.unlink()  # the model first: without one a state is nobody's
+            if ranks.rank == 0:
+                old.unlink()  # the model first: without one a state is nobody's
         except OSError as error:
             raise explain_os_error(error, old, "removing") from None
-        remove_states(old)
+        ranks.meet()
+        remove_states(old, rank=ranks.rank)
         print(f"removed {old.name}, --keep {most}")
 
 

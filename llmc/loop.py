@@ -19,12 +19,14 @@ from llmc.checkpoint import GPT2Config, Model
 from llmc.dataloader import DataLoader
 from llmc.errors import UserError
 from llmc.evalloader import EvalLoader
+from llmc.interrupt import Interrupt
 from llmc.keep import Kept, add_copies, open_kept
 from llmc.logger import Logger
 from llmc.mfu import card_name, described
 from llmc.options import command, hellaswag_file, saved_options
 from llmc.outlier import OutlierDetector
 from llmc.progress import Progress
+from llmc.ranks import ALONE, Ranks
 from llmc.resume import save_checkpoint
 from llmc.sampler import Sampler, sample_logits
 from llmc.state import TrainState
@@ -35,11 +37,13 @@ from llmc.tokenizer import Tokenizer, check_marks, end_of_text, open_tokenizer
 class Run:
     """What a run does besides its model: data, text sampler, the step it starts at, steps in all, validation batches.
 
-    start_token: what starts a sampled text; tokenizer: None where no file was found, then samples are token ids;
-    eval_loader: HellaSwag's questions, None without --hellaswag 1. kept: copies of its checkpoints. losses, norms: the
-    last ones, for -sl and -sg. val: step and loss of the last validation. log, progress: from `watch` on.
+    ranks: the processes that train together. start_token: what starts a sampled text; tokenizer: None where no file was
+    found, then samples are token ids; eval_loader: HellaSwag's questions, None without --hellaswag 1. kept: copies of
+    its checkpoints. losses, norms: the last ones, for -sl and -sg. val: step and loss of the last validation. log,
+    progress: from `watch` on.
     """
 
+    ranks: Ranks
     train_loader: DataLoader
     val_loader: DataLoader
     eval_loader: EvalLoader | None
@@ -59,10 +63,18 @@ class Run:
     @contextmanager
     def watch(self, args: Namespace, memory: Callable[[], int]) -> Iterator[None]:
         """Open the logs, and the bar on a terminal, while the block runs; memory: tells the bytes in use."""
-        self.log = Logger(args.log, self.start, args.log_json)
-        with Progress(args.progress, self.start, self.steps, memory) as self.progress:
+        first = self.ranks.rank == 0
+        self.log = Logger(args.log, self.start, args.log_json) if first else Logger(None)
+        with Progress(args.progress if first else "0", self.start, self.steps, memory) as self.progress:
             yield
         self.log.close()
+
+    def stops(self, interrupt: Interrupt) -> bool:
+        """Whether a signal has come, to whichever rank; then all of them have it."""
+        found = max(self.ranks.gather(interrupt.signal or 0))
+        if found:  # one that came to this rank since it was asked waits for the next step
+            interrupt.signal = found
+        return found > 0
 
     def improved(self, step: int) -> bool:
         """Whether the validation at `step` had a lower loss than the best copy has."""
@@ -74,8 +86,8 @@ class Run:
         return self.kept.saved() | {name: window.saved() for name, window in windows.items() if window.values}
 
 
-def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epochs: int = 1) -> Run:
-    """The run's data, text and counts, at the position of `state`.
+def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, ranks: Ranks, epochs: int = 1) -> Run:
+    """The run's data, text and counts, at the position of `state`; of several ranks, this one's part.
 
     -n 0 or more: so many steps; below: `epochs` epochs of the training data, each batch once. -m 0 or less: each batch
     of the validation data once; more: as llm.c counts, tokens / (B*T), which may be more than there are, and then the
@@ -86,10 +98,11 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
     sampler = Sampler(args.seed or 1337)
     B, T, V = args.batch_size, args.seq_len, config.V
     train_data, shuffle = (args.val_data, False) if args.overfit_batch else (args.train_data, args.shuffle)
-    train_loader = DataLoader(train_data, B, T, vocab_size=V, shuffle=shuffle, seed=args.seed or 42)
-    val_loader = DataLoader(args.val_data, B, T, vocab_size=V)
+    part = dict(rank=ranks.rank, nproc=ranks.size)
+    train_loader = DataLoader(train_data, B, T, vocab_size=V, shuffle=shuffle, seed=args.seed or 42, **part)
+    val_loader = DataLoader(args.val_data, B, T, vocab_size=V, **part)
     check_marks([*train_loader.paths, *val_loader.paths], tokenizer, args.model, V)
-    eval_loader = EvalLoader(hellaswag_file(), B, T, V) if args.hellaswag else None
+    eval_loader = EvalLoader(hellaswag_file(), B, T, V, **part) if args.hellaswag else None
     start = state.step if state else 0
     steps = args.steps if args.steps >= 0 else epochs * train_loader.epoch_batches // args.grad_accum
     if args.steps < 0 and steps == 0:
@@ -104,6 +117,7 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
     counted = min(args.val_batches, val_loader.num_batches)
     val_batches = counted if counted > 0 else val_loader.epoch_batches
     return Run(
+        ranks,
         train_loader,
         val_loader,
         eval_loader,
@@ -113,7 +127,7 @@ def open_run(args: Namespace, config: GPT2Config, state: TrainState | None, epoc
         start,
         steps,
         val_batches,
-        open_kept(args, state),
+        open_kept(args, state, ranks.rank == 0),
         open_window(args, state, "losses"),
         open_window(args, state, "norms"),
     )
@@ -140,14 +154,14 @@ def best_so_far(args: Namespace, state: TrainState | None) -> tuple[float | None
     return best, worse
 
 
-def evaluate(model, loader: DataLoader, batches: int, **phase) -> float:
-    """Mean loss over the first `batches` of the validation data; phase: further arguments of model.forward."""
+def evaluate(model, loader: DataLoader, batches: int, ranks: Ranks = ALONE, **phase) -> float:
+    """Mean loss over the first `batches` of each rank's validation data; phase: further arguments of model.forward."""
     loader.reset()
     total = 0.0
     for _ in range(batches):
         model.forward(*loader.next_batch(), **phase)
         total += model.mean_loss()
-    return total / batches
+    return ranks.mean(total / batches)
 
 
 def validate(model, run: Run, step: int, args: Namespace, **phase) -> float:
@@ -155,18 +169,18 @@ def validate(model, run: Run, step: int, args: Namespace, **phase) -> float:
 
     With --hellaswag 1 also that accuracy, though not in front of the first step.
     """
-    loss = evaluate(model, run.val_loader, run.val_batches, **phase)
+    loss = evaluate(model, run.val_loader, run.val_batches, run.ranks, **phase)
     check_finite("val", loss, step, args)
     print(f"val loss {loss:f}", flush=True)
     run.val = step, loss
     run.log.val(step, loss)
     if run.eval_loader and (step > 0 or run.steps == 0):
-        correct = hellaswag(model, run.eval_loader, **phase)
+        correct = hellaswag(model, run.eval_loader, run.ranks, **phase)
         run.log.add("eval", step, correct / run.eval_loader.num_examples)
     return loss
 
 
-def hellaswag(model, loader: EvalLoader, **phase) -> int:
+def hellaswag(model, loader: EvalLoader, ranks: Ranks = ALONE, **phase) -> int:
     """How many questions the model answers right, printed as train_gpt2.cu does. phase: as for evaluate."""
     loader.reset()
     correct = 0
@@ -175,6 +189,7 @@ def hellaswag(model, loader: EvalLoader, **phase) -> int:
             print(f"evaluating HellaSwag: {i}/{loader.num_batches}\r", end="", flush=True)
         model.forward(*loader.next_batch(), **phase)
         correct += loader.count_correct(model.losses())
+    correct = int(ranks.total(correct))
     print(f"HellaSwag: {correct}/{loader.num_examples} = {correct / loader.num_examples:f}", flush=True)
     return correct
 
@@ -191,8 +206,10 @@ def check_finite(name: str, loss: float, step: int, args: Namespace) -> None:
 def print_sample(model, run: Run, count: int, **phase) -> None:
     """Print `count` - 1 tokens drawn from the model after the start token, as train_gpt2_fp32.cu does.
 
-    phase: further arguments of model.extend.
+    Only rank 0 does. phase: further arguments of model.extend.
     """
+    if run.ranks.rank:
+        return
     print("generating:\n---", flush=True)
     token = run.start_token
     for t in range(1, count):
@@ -223,7 +240,7 @@ def save(
     `file`. Raises UserError, and the checkpoint of before stays, if a value to be written is not finite, or the loss of
     these weights, of which no step has told yet, on the first validation batch.
     """
-    check_finite("val", evaluate(model, run.val_loader, 1, **phase), file.step, args)
+    check_finite("val", evaluate(model, run.val_loader, 1, run.ranks, **phase), file.step, args)
     loader = run.train_loader
     file.shard, file.sample = loader.shard, loader.sample
     best = args.keep_best and run.improved(file.step)
@@ -232,15 +249,16 @@ def save(
     if args.keep and file.step not in run.kept.steps:
         run.kept.steps.append(file.step)
     options, extra = saved_options(args), (extra or {}) | run.memory()
+    order, rank, size = loader.state(), run.ranks.rank, run.ranks.size
     state = TrainState(
-        file.step, run.sampler.state, file.shard, file.sample, m, v, loader.state(), options, extra=extra
+        file.step, run.sampler.state, file.shard, file.sample, m, v, order, options, rank, size, extra=extra
     )
     print(f"saving checkpoint to {args.checkpoint}", flush=True)
-    for dropped in save_checkpoint(args.checkpoint, file, state):
+    for dropped in save_checkpoint(args.checkpoint, file, state, run.ranks):
         print(f"dropped {dropped.name}, which an earlier run left")
     megabytes = os.path.getsize(args.checkpoint) / 2**20
     print(f"checkpoint saved ({file.params.size} parameters, {megabytes:.2f} MB)", flush=True)
-    add_copies(args.checkpoint, file, run.kept, args.keep, best)
+    add_copies(args.checkpoint, file, run.kept, args.keep, best, run.ranks)
 
 
 def begin_step(args: Namespace, run: Run) -> float:
@@ -283,7 +301,7 @@ def print_step(
     """
     device.synchronize()
     seconds = time.perf_counter() - started
-    tokens, T = args.batch_size * args.seq_len * args.grad_accum, args.seq_len
+    tokens, T = args.batch_size * args.seq_len * args.grad_accum * run.ranks.size, args.seq_len
     rate = tokens / seconds
     run.progress.clear()
     told = f"step {step + 1:4d}/{run.steps}: train loss {loss:f}"
@@ -311,12 +329,13 @@ def print_memory(models: list, measured: int) -> None:
     print(f"activations: {predicted} MiB predicted{saved}{grew}")
 
 
-def print_end(args: Namespace, device, start: int, step: int, finished: bool, seconds: float) -> None:
-    """The last lines of a run from step `start` to `step`, so many seconds of steps; or what a signal left of it."""
+def print_end(args: Namespace, device, run: Run, step: int, finished: bool, seconds: float) -> None:
+    """The last lines of a run that ended at `step`, so many seconds of steps; or what a signal left of it."""
+    start = run.start
     if not finished:
         how = "nothing was saved" if args.checkpoint else "no -c: nothing was saved"
         if args.checkpoint and (step > start or args.checkpoint == args.resume):
-            how = f"go on with: {command(args.trainer, '--resume', args.checkpoint)}"
+            how = f"go on with: {command(args.trainer, '--resume', args.checkpoint, run.ranks.size)}"
         print(f"stopped after {step} steps; {how}")
         return
     print(f"total average iteration time: {seconds / max(1, step - start) * 1000:f} ms")

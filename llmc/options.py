@@ -26,6 +26,7 @@ from llmc.cli import (
 from llmc.errors import UserError
 from llmc.keep import kept_names
 from llmc.outputs import check_outputs
+from llmc.ranks import Ranks
 from llmc.resume import is_llmc_pair, load_checkpoint
 from llmc.schedulers import SCHEDULES
 from llmc.state import TrainState
@@ -66,7 +67,8 @@ def add_options(parser: ArgumentParser) -> None:
     add("-n", "--steps", type=any_int, default=-1, help="optimizer steps in all, 0: only validate, -1: one epoch")
     add("-b", "--batch-size", type=positive_int, default=4, help="rows B of a batch")
     add("-t", "--seq-len", type=positive_int, help="tokens T of a row (default: the model's maximum, at most 1024)")
-    add("--grad-accum", type=positive_int, default=1, help="batches in a step")
+    add("--grad-accum", type=positive_int, default=1, help="batches in a step, of each process under mpiexec")
+    add("--total-batch", type=natural, default=0, help="tokens of a step in all, which gives --grad-accum; 0: not")
     add("--recompute", type=flag01, default=False, help="1: keep one layer's activations, run the others again")
     add("--shuffle", type=flag01, default=True, help="1: shuffle shards and samples, as llm.c does")
     add("--seed", type=positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
@@ -102,23 +104,25 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def parse_options(
-    parser: ArgumentParser, argv: list[str] | None, trainer: str
+    parser: ArgumentParser, argv: list[str] | None, trainer: str, ranks: Ranks
 ) -> tuple[Namespace, set[str], Model, TrainState | None]:
     """-> settings, names of the flags typed, the Model to start from, and its TrainState if --resume was given.
 
-    trainer: the name of the script. A resumed run takes its settings from the checkpoint where none is typed. Fills in
-    the defaults that depend on the model. Raises UserError for what cannot work, before anything is written.
+    trainer: the name of the script. ranks: the first looks at what will be written. A resumed run takes its settings
+    from the checkpoint where none is typed. Fills in the defaults that depend on the model. Raises UserError for what
+    cannot work, before anything is written.
     """
     args, state, typed = parser.parse(argv), None, parser.explicit(argv)
     if args.resume:
         for name, flag in (("model", "-e"), ("seed", "--seed")):
             if name in typed:
                 raise UserError(f"--resume given together with {flag}", "a resumed run has it from its checkpoint", 2)
-        model, state = load_checkpoint(args.resume)
+        model, state = load_checkpoint(args.resume, ranks.rank, ranks.size)
         check_trainer(args.resume, model, state, trainer)
         args = parser.parse(argv, saved=resumed_settings(args.resume, state, typed))
     else:
         model = read_model(args.model)
+    ranks.broadcast(model.params), ranks.broadcast(model.extra)  # however their files differ
     maxT = model.config.maxT
     args.seq_len = args.seq_len or min(1024, maxT)
     if args.sample_tokens is None:
@@ -129,8 +133,20 @@ def parse_options(
     args.trainer = trainer
     args.train_data = args.train_data or default_data(model.config.V, "train")
     args.val_data = args.val_data or default_data(model.config.V, "val")
-    check_outputs(args, typed)
+    if args.total_batch:
+        args.grad_accum = micro_steps(args, ranks.size)
+    if ranks.rank == 0:
+        check_outputs(args, typed)
     return args, typed, model, state
+
+
+def micro_steps(args: Namespace, size: int) -> int:
+    """How many micro-steps of `size` ranks make up --total-batch tokens. Raises UserError if none do."""
+    tokens = args.batch_size * args.seq_len * size
+    if args.total_batch % tokens:
+        found = f"--total-batch {args.total_batch}: B*T is {args.batch_size * args.seq_len} in {size} processes"
+        raise UserError(f"{found}, {tokens} tokens do not divide it", f"--total-batch {tokens}, or other -b or -t", 2)
+    return args.total_batch // tokens
 
 
 def check_trainer(path: str, model: Model, state: TrainState, trainer: str) -> None:
@@ -217,9 +233,10 @@ def hellaswag_file() -> str:
     return path
 
 
-def command(script: str, flag: str, path: str) -> str:
+def command(script: str, flag: str, path: str, ranks: int = 1) -> str:
     """What to type, in the current folder, to run `script` beside the one that runs now on the file `path`."""
-    return shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), script), flag, path])
+    start = ["mpiexec", "-n", str(ranks)] if ranks > 1 else []
+    return shlex.join([*start, "python", os.path.join(os.path.dirname(sys.argv[0]), script), flag, path])
 
 
 def saved_options(args: Namespace) -> dict:
@@ -268,8 +285,10 @@ def print_model(device: str, tf32: bool, config: GPT2Config) -> None:
     table.rule()
 
 
-def print_workload(steps: int, val_batches: int) -> None:
+def print_workload(steps: int, val_batches: int, ranks: Ranks) -> None:
     """The last rows of the table."""
+    if ranks.size > 1:
+        table.row("num_processes", ranks.size, "%d")
     table.row("train_num_batches", steps, "%d")
     table.row("val_num_batches", val_batches, "%d")
     table.rule()

@@ -17,6 +17,7 @@ import numpy as np
 from llmc.checkpoint import Model, named_views, read_model, tensor_shapes, write_model
 from llmc.errors import UserError, explain_os_error
 from llmc.files import is_read_only
+from llmc.ranks import ALONE, Ranks
 from llmc.state import TrainState, read_state, write_state
 
 LLMC_MODEL = re.compile(r"model_(\d{8})\.bin")
@@ -74,8 +75,10 @@ def check_finite_state(path: str | os.PathLike, model: Model, state: TrainState)
         )
 
 
-def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState) -> list[Path]:
+def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState, ranks: Ranks = ALONE) -> list[Path]:
     """Write `model` to `path` and `state` beside it, then remove the states of earlier saves under this name.
+
+    Of several ranks each writes its own state, and then the first one the model.
 
     m and v of the state belong to the parameters and then, if there are any, to the extra values: one length in all.
     Returns those removed that this process had neither written nor resumed from. Raises UserError, with nothing
@@ -88,7 +91,10 @@ def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState) ->
     current = state_path(path, model, state.rank)
     write_state(current, state)
     _ours.add(current)
-    write_model(path, model)
+    ranks.meet()
+    if ranks.rank == 0:
+        write_model(path, model)
+    ranks.meet()
     return remove_states(path, current, state.rank)
 
 
@@ -117,8 +123,9 @@ def remove_states(path: Path, current: Path | None = None, rank: int = 0) -> lis
     return removed
 
 
-def load_checkpoint(path: str | os.PathLike, rank: int = 0) -> tuple[Model, TrainState]:
-    """The model file `path` and its state. Raises UserError if there is no state for these very weights.
+def load_checkpoint(path: str | os.PathLike, rank: int = 0, nproc: int = 1) -> tuple[Model, TrainState]:
+    """The model file `path` and its state. Raises UserError if there is no state for these very weights, or if another
+    number of processes than `nproc` trained them: their position in the data counts batches of all.
 
     Of llm.c's pair, whose model file has no step, the step is that in the names.
     """
@@ -137,9 +144,9 @@ def load_checkpoint(path: str | os.PathLike, rank: int = 0) -> tuple[Model, Trai
     state = read_state(beside, model.params.size + model.extra.size)
     if state.step != model.step:
         raise UserError(f"{beside}: of step {state.step}, the model file says {model.step}", "save again with -c")
-    if state.num_processes != 1:
-        hint = f"start anew from its weights: give -e {path} in place of --resume"
-        raise UserError(f"{beside}: of {state.num_processes} processes, expected 1", hint)
+    if state.num_processes != nproc:
+        hint = f"mpiexec -n {state.num_processes} before the command, or -e {path} in place of --resume"
+        raise UserError(f"{beside}: of {state.num_processes} processes, expected {nproc}", hint)
     _ours.add(beside)
     return model, state
 

@@ -16,8 +16,8 @@ from kernels.shares import Shares
 from llmc.buffers import query_blocks
 from llmc.cli import ArgumentParser
 from llmc.dataloader import DataLoader
-from llmc.logger import Logger
-from llmc.loop import check_finite
+from llmc.loop import Run, check_finite
+from llmc.ranks import ALONE, Ranks
 
 ROWS = 128  # queries whose scores are in memory at a time: ROWS x T of them
 GPU_SCORES = 64 << 20  # bytes of them on a GPU, which few queries leave idle: all of a layer at B = 1, T = 4096
@@ -153,7 +153,12 @@ def measure_rows(model, inputs: np.ndarray, dense: bool = False) -> tuple[list[f
 def measure(batch: Shares, inputs: np.ndarray, dense: bool) -> tuple[list[float], list[Agreement], float]:
     """Each layer's KL, what its selection has of dense attention, the indexer's share of the time; over all rows."""
     found = batch.each(*(partial(_measure, inputs[rows], dense) for rows in batch.rows))
-    weights, (divergences, agreements, times) = [model.B / batch.B for model in batch.models], zip(*found)
+    return over_all(found, [model.B / batch.B for model in batch.models])
+
+
+def over_all(found: list, weights: list[float]) -> tuple[list[float], list[Agreement], float]:
+    """What measure found on several parts of the rows, together; weights: the part of the rows that each has."""
+    divergences, agreements, times = zip(*found)
     together = [sum(of_layer, Agreement()) for of_layer in zip(*agreements)]
     return np.dot(weights, divergences).tolist(), together, float(np.dot(weights, times))
 
@@ -163,20 +168,24 @@ def _measure(inputs: np.ndarray, dense: bool, shares: Shares, k: int):
     return measure_rows(shares.models[k], inputs, dense)
 
 
-def report(batch: Shares, loader: DataLoader, batches: int, args: Namespace, log: Logger, step: int, dense: bool):
+def report(batch: Shares, run: Run, args: Namespace, step: int, dense: bool):
     """Print what the selection has of dense attention, on the first validation batch, and of answers, on all.
 
-    dense: whether the model attends to all keys in this phase.
+    Of several ranks, on the batches of all. dense: whether the model attends to all keys in this phase.
     """
-    model = batch.models[0]
+    model, loader, log = batch.models[0], run.val_loader, run.log
     if model.sparsity.attention == "sparse" and not model.sparsity.leak:
         loader.reset()
-        divergences, agreements, part = measure(batch, loader.next_batch()[0], dense)
+        found = run.ranks.gather(measure(batch, loader.next_batch()[0], dense))
+        divergences, agreements, part = over_all(found, len(found) * [1 / len(found)])
         causal = model.T * (model.T + 1) // 2
         for l, agreement in enumerate(agreements):
             kl = f"KL {divergences[l]:.4f}, " if divergences else ""
-            found = f"recall@k {agreement.recall:.4f}, mass@k {agreement.mean_mass:.4f}"
-            print(f"layer {l}: {kl}{found}, kept {agreement.kept / batch.B:.1f} of {causal} pairs", flush=True)
+            has = f"recall@k {agreement.recall:.4f}, mass@k {agreement.mean_mass:.4f}"
+            print(
+                f"layer {l}: {kl}{has}, kept {agreement.kept / (batch.B * len(found)):.1f} of {causal} pairs",
+                flush=True,
+            )
         if divergences:
             check_finite("indexer's", sum(divergences), step, args)
             log.add("kl", step, sum(divergences) / len(divergences))
@@ -185,7 +194,7 @@ def report(batch: Shares, loader: DataLoader, batches: int, args: Namespace, log
         log.add("mass", step, sum(each.mean_mass for each in agreements) / len(agreements))
     if args.answers_after:
         first, end = map(int, args.answers_after.split(":"))
-        right, found = answer_accuracy(batch, loader, batches, first, end, dense)
+        right, found = answer_accuracy(batch, loader, run.val_batches, first, end, dense, run.ranks)
         if right is None:
             print("answers: none in the validation data", flush=True)
             return
@@ -195,7 +204,7 @@ def report(batch: Shares, loader: DataLoader, batches: int, args: Namespace, log
 
 
 def answer_accuracy(
-    batch: Shares, loader: DataLoader, batches: int, first: int, end: int, dense: bool
+    batch: Shares, loader: DataLoader, batches: int, first: int, end: int, dense: bool, ranks: Ranks = ALONE
 ) -> tuple[float | None, list[float]]:
     """Share of the tokens after ids first..end-1 that are likeliest; by layer, how often their source was selected.
 
@@ -208,6 +217,7 @@ def answer_accuracy(
         share = (partial(_answered, inputs[rows], targets[rows], first, end, dense) for rows in batch.rows)
         for asked, correct, selected in batch.each(*share):
             total, right, hit = total + asked, right + correct, hit + selected
+    total, right, hit = (sum(of_each) for of_each in zip(*ranks.gather((total, right, hit))))
     if not total:
         return None, []
     return right / total, [] if dense or batch.models[0].always_dense else list(hit / total)
