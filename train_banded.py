@@ -25,11 +25,11 @@ from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, split, tell_allocated
-from llmc.checkpoint import MATRICES, GPT2Config, Model, tensor_shapes
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, in_part, num_values, split, tell_allocated
+from llmc.checkpoint import MATRICES, GPT2Config, Model, named_views, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
-from llmc.ranks import open_ranks
+from llmc.ranks import ALONE, Ranks, open_ranks
 from llmc.schedulers import learning_rate
 from systems.band import NO_BAND, Band, choose_band, print_band, print_masks
 
@@ -76,7 +76,16 @@ class GPT2:
     """GPT-2 on a device: parameters, gradients, m and v are one flat float32 buffer each, with a view per tensor."""
 
     def __init__(
-        self, device, config: GPT2Config, params: np.ndarray, B, T, band: Band = NO_BAND, kernel="band", recompute=False
+        self,
+        device,
+        config: GPT2Config,
+        params: np.ndarray,
+        B: int,
+        T: int,
+        band: Band = NO_BAND,
+        kernel: str = "band",
+        recompute: bool = False,
+        ranks: Ranks = ALONE,
     ):
         """band: the weights that are kept; kernel: "band" multiplies only those, "mask" all of them, and then masks.
 
@@ -84,12 +93,13 @@ class GPT2:
         layer again.
         """
         self.ops, self.config, self.B, self.T = device, config, B, T
-        self.band, self.kernel, self.recompute = band, kernel, recompute
+        self.band, self.kernel, self.recompute, self.ranks = band, kernel, recompute, ranks
         self.skip_fc1, self.skip_fc2 = 0, 0  # the bands outside which products skip: none until weights are masked
         place = band.place(config.C)
         self.place = None if place is None else device.to_device(place)  # where along FC1's band a hidden unit lies
         self.shapes = tensor_shapes(config)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.part = ranks.part(self.params_flat.size)  # what this rank updates
         self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.acts = self.layers = self.grads_flat = self.m_flat = self.v_flat = self.decoder = None
 
@@ -267,39 +277,50 @@ class GPT2:
         decays = weight_decay, weight_decay if decay_all else 0.0  # of the matrices, of all other tensors
         rates = [adamw_rates(t, lr, beta1, beta2, eps, decay, grad_clip) for decay in decays]
         self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
+        if grad_clip and self.ranks.zero:
+            self.gradient_norm()
         self.replay(self.launch_update, grad_clip > 0)
+        self.ranks.share(self.params_flat)
+        if self.ranks.zero:
+            self.mask_weights()
         return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
 
     def gradient_norm(self) -> float:
-        """The norm of the gradient, which update limits."""
+        """The norm of the gradient, which update limits, over the parts of all ranks."""
         if self.m_flat is None:
             self.allocate_moments()
-        self.ops.global_norm(self.norm, self.grads_flat)
-        return float(self.ops.to_host(self.norm)[0])
+        self.ops.global_norm(self.norm, self.grads_flat[self.part])
+        norm = self.ranks.norm(float(self.ops.to_host(self.norm)[0]))
+        self.ops.copy_in(self.norm, np.array([norm], self.norm.dtype))
+        return norm
 
     def launch_update(self, clips: bool) -> None:
         """What update does on the device."""
-        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
-        if clips:
+        ops, zero, part, m, v = self.ops, self.ranks.zero, self.part, self.m_flat, self.v_flat
+        if clips and not zero:
             ops.global_norm(self.norm, self.grads_flat)
-        params, grads, m, v = vars(self.params), vars(self.grads), vars(self.m), vars(self.v)
-        bands = {"fcw": self.skip_fc1, "fcprojw": self.skip_fc2}
+        params, grads = vars(self.params), vars(self.grads)
+        bands = {} if zero else {"fcw": self.skip_fc1, "fcprojw": self.skip_fc2}  # a rank's part may cut a band
         updates = []  # all at once
         for name in self.shapes:
-            tensors, row = (params[name], grads[name], m[name], v[name]), 0 if name in MATRICES else 1
+            row = 0 if name in MATRICES else 1
             if bands.get(name):
-                ops.band_adamw_update(*tensors, bands[name], self.rates[row], self.norm)
-            else:
-                updates.append((*tensors, row))
-        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
-        self.mask_weights()
+                moments = vars(self.m)[name], vars(self.v)[name]
+                ops.band_adamw_update(params[name], grads[name], *moments, bands[name], self.rates[row], self.norm)
+            updates.append((params[name], grads[name], None if bands.get(name) else row))
+        updates = in_part(updates, part, m, v)
+        ops.adamw_update_all(self.params_flat, self.grads_flat[part], m, v, updates, self.rates, self.norm)
+        if not zero:  # else there is more to come
+            self.mask_weights()
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
+        size = self.part.stop - self.part.start
         for name in ("m", "v"):
-            tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
-        self.m_flat, self.m = flat_buffer(self.ops, self.shapes, m)
-        self.v_flat, self.v = flat_buffer(self.ops, self.shapes, v)
+            tell_allocated(4 * size, f"AdamW optimizer state {name}")
+        self.m_flat, self.v_flat = (self.ops.zeros(size) if x is None else self.ops.to_device(x) for x in (m, v))
+        if not self.ranks.zero:
+            self.m, self.v = (SimpleNamespace(**named_views(x, self.shapes)) for x in (self.m_flat, self.v_flat))
         self.rates, self.norm = self.ops.zeros((2, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def extend(self, tokens: np.ndarray, start: int) -> np.ndarray:
@@ -371,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
 
     tell_allocated(file.params.nbytes, "model parameters")
     rows = [B] if ranks.size > 1 else share_rows(device, B, T, config.C, file.params.size)
-    more = band, args.kernel, args.recompute
+    more = band, args.kernel, args.recompute, ranks
     batch = Shares(device, rows, lambda device, B: GPT2(device, config, file.params, B, T, *more))
     model = batch.models[0]
     if state:

@@ -30,11 +30,21 @@ from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, query_blocks, split, tell_allocated
+from llmc.buffers import (
+    all_but,
+    allocate,
+    first_of,
+    flat_buffer,
+    in_part,
+    num_values,
+    query_blocks,
+    split,
+    tell_allocated,
+)
 from llmc.checkpoint import DENSE, MATRICES, SPARSE_ATTENTION, GPT2Config, Model, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser
 from llmc.interrupt import Interrupt
-from llmc.ranks import open_ranks
+from llmc.ranks import ALONE, Ranks, open_ranks
 from llmc.schedulers import learning_rate
 from systems.parts import AbsorbedLatents, Attention, Experts, Latents, NoIndexer, Part, Selection, UpstreamIndexer
 from systems.selection import add_report_options, measure, report, rows_at_once
@@ -184,7 +194,16 @@ class GPT2:
     """
 
     def __init__(
-        self, device, config: GPT2Config, sparsity: Sparsity, params: np.ndarray, B, T, balance=0.01, recompute=False
+        self,
+        device,
+        config: GPT2Config,
+        sparsity: Sparsity,
+        params: np.ndarray,
+        B: int,
+        T: int,
+        balance: float = 0.01,
+        recompute: bool = False,
+        ranks: Ranks = ALONE,
     ):
         """params: all values, flat; B rows of T tokens; balance: weight of the experts' load-balance loss.
 
@@ -192,11 +211,12 @@ class GPT2:
         backward runs the layer again.
         """
         self.ops, self.config, self.sparsity, self.B, self.T = device, config, sparsity, B, T
-        self.balance, self.recompute = balance, recompute
+        self.balance, self.recompute, self.ranks = balance, recompute, ranks
         self.extra = extra_shapes(config, sparsity)
         self.shapes = tensor_shapes(config) | self.extra
         self.own = num_parameters(config)  # values of the model itself, in front
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.part = ranks.part(self.params_flat.size)  # what this rank updates
         self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.always_dense, self.mla = sparsity.attention == "dense", is_mla(config)
         self.tied = "headw" not in self.shapes  # GPT-2's head is wte, a DeepSeek-style model has its own
@@ -213,7 +233,7 @@ class GPT2:
         self.parts = self.attention, self.mlp, self.indexer, self.selection
         self.scratch = SCRATCH + self.attention.scratch + self.mlp.scratch
         self.integers = self.mlp.integers + self.selection.integers
-        self.acts = self.grads_flat = self.grads = self.dacts = self.m = self.decoder = None  # until needed
+        self.acts = self.grads_flat = self.grads = self.dacts = self.m_flat = self.decoder = None  # until needed
 
     def layer_shapes(self, l: int, attention: Part, B: int, T: int, keys: int) -> dict:
         """Layer l's activations for B x T new tokens and so many keys, but for what is kept of every position."""
@@ -286,10 +306,10 @@ class GPT2:
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: a checkpoint's, or zeros."""
+        size = self.part.stop - self.part.start
         for name in ("m", "v"):
-            tell_allocated(self.params_flat.nbytes, f"AdamW optimizer state {name}")
-        self.m_flat, self.m = flat_buffer(self.ops, self.shapes, m)
-        self.v_flat, self.v = flat_buffer(self.ops, self.shapes, v)
+            tell_allocated(4 * size, f"AdamW optimizer state {name}")
+        self.m_flat, self.v_flat = (self.ops.zeros(size) if x is None else self.ops.to_device(x) for x in (m, v))
         self.rates, self.norm = self.ops.zeros((3, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def head(self, views) -> tuple:
@@ -465,38 +485,43 @@ class GPT2:
 
         Returns the norm of the model's gradient if grad_clip > 0, else None; it limits the model's alone.
         """
-        if self.m is None:
+        if self.m_flat is None:
             self.allocate_moments()
         groups = (t, lr, weight_decay, grad_clip), (t, lr, weight_decay if decay_all else 0.0, grad_clip)
         groups += ((indexer_t, indexer_lr, 0.0, 0.0),)  # the matrices, all else of the model, the indexer
         rates = [adamw_rates(max(t, 1), lr, 0.9, beta2, 1e-8, decay, clip) for t, lr, decay, clip in groups]
         self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
         clips = bool(grad_clip and t)
+        if clips and self.ranks.zero:
+            self.gradient_norm()
         self.replay(self.launch_update, t > 0, indexer_t > 0, dense or self.always_dense, clips)
+        self.ranks.share(self.params_flat)
         return float(self.ops.to_host(self.norm)[0]) if clips else None
 
     def gradient_norm(self) -> float:
-        """The norm of the model's gradient, which update limits."""
-        if self.m is None:
+        """The norm of the model's gradient, which update limits, over the parts of all ranks."""
+        if self.m_flat is None:
             self.allocate_moments()
-        self.ops.global_norm(self.norm, self.grads_flat[: self.own])
-        return float(self.ops.to_host(self.norm)[0])
+        own = slice(min(self.part.start, self.own), min(self.part.stop, self.own))
+        self.ops.global_norm(self.norm, self.grads_flat[own])
+        norm = self.ranks.norm(float(self.ops.to_host(self.norm)[0]))
+        self.ops.copy_in(self.norm, np.array([norm], self.norm.dtype))
+        return norm
 
     def launch_update(self, model: bool, indexer: bool, dense: bool, clips: bool) -> None:
         """What update does on the device."""
-        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
-        if clips:
+        ops, part, m, v = self.ops, self.part, self.m_flat, self.v_flat
+        if clips and not self.ranks.zero:
             ops.global_norm(self.norm, self.grads_flat[: self.own])
-        grads, ms, vs = vars(self.grads), vars(self.m), vars(self.v)
-        updates = []  # all at once
+        grads, updates = vars(self.grads), []  # all at once
         for name, param in vars(self.params).items():
             if name not in self.extra:
                 row, learns = 0 if name in MATRICES else 1, model
             else:  # --adaptive prefix learns from dense attention alone, the upstream controller never
                 row, learns = 2, indexer and (dense if name in CONTROLLER else name != "controller")
-            if learns:
-                updates.append((param, grads[name], ms[name], vs[name], row))
-        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
+            updates.append((param, grads[name], row if learns else None))
+        updates = in_part(updates, part, m, v)
+        ops.adamw_update_all(self.params_flat, self.grads_flat[part], m, v, updates, self.rates, self.norm)
 
     def extend(self, tokens: np.ndarray, start: int, dense: bool = False) -> np.ndarray:
         """Logits (V) after `tokens` (n) int32 at positions start.., of which earlier calls ran 0..start-1.
@@ -596,7 +621,7 @@ def main(argv: list[str] | None = None) -> int:
     params = np.concatenate([file.params, extra])
     whole = is_moe(config) or sparsity.adaptive == "upstream"  # the experts' balance, or k, is the whole batch's
     rows = [B] if whole or ranks.size > 1 else share_rows(device, B, T, config.C, params.size)
-    more = args.balance, args.recompute
+    more = args.balance, args.recompute, ranks
     batch = Shares(device, rows, lambda device, B: GPT2(device, config, sparsity, params, B, T, *more))
     model = batch.models[0]
     learns = args.train_indexer and sparsity.indexer_has_loss

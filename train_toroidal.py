@@ -36,11 +36,11 @@ from kernels.cpu.torus.torus_rope import torus_frequencies
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, num_values, tell_allocated
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, in_part, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, natural, positive_int, refuse
 from llmc.interrupt import Interrupt
-from llmc.ranks import open_ranks
+from llmc.ranks import ALONE, Ranks, open_ranks
 from llmc.schedulers import learning_rate
 from systems.torus import (
     ATTENTION,
@@ -109,15 +109,25 @@ class GPT2:
     """
 
     def __init__(
-        self, device, config: GPT2Config, torus: Torus, params: np.ndarray, B: int, T: int, learns=None, recompute=False
+        self,
+        device,
+        config: GPT2Config,
+        torus: Torus,
+        params: np.ndarray,
+        B: int,
+        T: int,
+        learns: tuple[int, ...] | None = None,
+        recompute: bool = False,
+        ranks: Ranks = ALONE,
     ):
         self.ops, self.config, self.torus, self.B, self.T = device, config, torus, B, T
-        self.learns, self.recompute = learns, recompute
+        self.learns, self.recompute, self.ranks = learns, recompute, ranks
         self.lowest = 0 if learns is None else min(learns, default=config.L)  # the last layer that backward visits
         self.shapes = tensor_shapes(config) | extra_shapes(config, torus)
         self.trained = trained_shapes(config, torus, learns)
         self.num_trained = num_values(self.trained)
         self.params_flat, self.params = flat_buffer(device, self.shapes, params)
+        self.part = ranks.part(self.num_trained)  # what this rank updates
         self.replay = Replay(device)  # on a GPU forward, backward and update become a CUDA graph each
         self.fusion, self.has_factors = FUSIONS.index(torus.fusion), factor_shape(torus) is not None
         self.omega = device.zeros((len(torus.layers), torus.depth, torus.depth))  # mix the platters of a layer
@@ -357,41 +367,50 @@ class GPT2:
         decays = weight_decay, weight_decay if decay_all else 0.0  # of the matrices, of all other tensors
         rates = [adamw_rates(t, lr, beta1, beta2, eps, decay, grad_clip) for decay in decays]
         self.ops.copy_in(self.rates, np.array(rates, self.rates.dtype))
+        if grad_clip and self.ranks.zero:
+            self.gradient_norm()
         self.replay(self.launch_update, grad_clip > 0)
+        self.ranks.share(self.params_flat)
         return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
 
     def gradient_norm(self) -> float:
-        """The norm of the gradient, which update limits."""
+        """The norm of the gradient, which update limits, over the parts of all ranks."""
         if self.m_flat is None:
             self.allocate_moments()
-        self.ops.global_norm(self.norm, self.grads_flat)
-        return float(self.ops.to_host(self.norm)[0])
+        self.ops.global_norm(self.norm, self.grads_flat[self.part])
+        norm = self.ranks.norm(float(self.ops.to_host(self.norm)[0]))
+        self.ops.copy_in(self.norm, np.array([norm], self.norm.dtype))
+        return norm
 
     def launch_update(self, clips: bool) -> None:
         """What update does on the device."""
-        ops, flat = self.ops, (self.params_flat, self.grads_flat, self.m_flat, self.v_flat)
-        if clips:
+        ops, part, m, v = self.ops, self.part, self.m_flat, self.v_flat
+        if clips and not self.ranks.zero:
             ops.global_norm(self.norm, self.grads_flat)
         updates = []  # all at once
         for name in self.trained:
-            p, g, m, v = vars(self.params)[name], vars(self.grads)[name], vars(self.m)[name], vars(self.v)[name]
-            row = 0 if name in MATRICES else 1
+            p, g, row = vars(self.params)[name], vars(self.grads)[name], 0 if name in MATRICES else 1
             if self.learns is None or name not in ATTENTION:
-                updates.append((p, g, m, v, row))
+                updates.append((p, g, row))
             else:
-                updates += [(p[l], g[i], m[i], v[i], row) for i, l in enumerate(self.learns)]
-        ops.adamw_update_all(*flat, updates, self.rates, self.norm)
+                updates += [(p[l], g[i], row) for i, l in enumerate(self.learns)]
+        updates = in_part(updates, part, m, v)
+        ops.adamw_update_all(self.params_flat, self.grads_flat[part], m, v, updates, self.rates, self.norm)
 
     def allocate_moments(self, m: np.ndarray | None = None, v: np.ndarray | None = None) -> None:
         """AdamW's m and v: zeros, or a checkpoint's, which keeps them for all parameters."""
+        size = self.part.stop - self.part.start
         for name in ("m", "v"):
-            tell_allocated(4 * self.num_trained, f"AdamW optimizer state {name}")
-        self.m_flat, self.m = flat_buffer(self.ops, self.trained, None if m is None else self._of_what_learns(m))
-        self.v_flat, self.v = flat_buffer(self.ops, self.trained, None if v is None else self._of_what_learns(v))
+            tell_allocated(4 * size, f"AdamW optimizer state {name}")
+        if m is not None and not self.ranks.zero:  # with ZeRO all learns
+            m, v = self._of_what_learns(m), self._of_what_learns(v)
+        self.m_flat, self.v_flat = (self.ops.zeros(size) if x is None else self.ops.to_device(x) for x in (m, v))
         self.rates, self.norm = self.ops.zeros((2, RATES)), self.ops.zeros(1)  # AdamW's, and of the gradient
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """m and v of all parameters on the host, 0 for what does not learn."""
+        """m and v of all parameters on the host, 0 for what does not learn; with ZeRO those of this rank's part."""
+        if self.ranks.zero:
+            return self.ops.to_host(self.m_flat), self.ops.to_host(self.v_flat)
         return self._of_all(self.ops.to_host(self.m_flat)), self._of_all(self.ops.to_host(self.v_flat))
 
     def _rows(self, name: str) -> slice | list[int]:
@@ -477,6 +496,7 @@ def main(argv: list[str] | None = None) -> int:
             (idle, "--layers none with --train replaced: nothing learns", "add -n 0 to validate, or --train all"),
             (uncounted, f"--patience {args.patience} with -v 0: there are no validations to count", "-v 20"),
             (args.train != earlier, found, anew),
+            (args.zero and args.train == "replaced", "--zero 1 with --train replaced: m and v are few", "--zero 0"),
         )
     )
     best, worse = loop.best_so_far(args, state)  # worse: validations since the best
@@ -490,7 +510,8 @@ def main(argv: list[str] | None = None) -> int:
     replaced = Torus() if args.control else torus
     params = np.concatenate([file.params, extra_init(file, replaced, args.seed or 42)])
     rows = [B] if ranks.size > 1 else share_rows(device, B, T, config.C, params.size)
-    batch = Shares(device, rows, lambda device, B: GPT2(device, config, replaced, params, B, T, learns, args.recompute))
+    more = learns, args.recompute, ranks
+    batch = Shares(device, rows, lambda device, B: GPT2(device, config, replaced, params, B, T, *more))
     model = batch.models[0]
     table.heading()
     print_torus(config, torus, model.num_trained, args)

@@ -55,6 +55,22 @@ def split(shapes: dict[str, tuple[int, ...]], names: tuple[str, ...] | None) -> 
     return chosen, {name: shape for name, shape in shapes.items() if name not in chosen}
 
 
+def in_part(updates: list[tuple], part: slice, m, v) -> list[tuple]:
+    """What an update of a part of the flat buffers updates: flat views of param, grad, m and v, and `what`.
+
+    updates: (param, grad, what) of every tensor in the order of the flat gradients, what: None for one that stays as it
+    is. m, v: of the part alone.
+    """
+    found, at = [], 0
+    for param, grad, what in updates:
+        begin, end = max(part.start, at), min(part.stop, at + grad.size)
+        if what is not None and begin < end:
+            values, own = slice(begin - at, end - at), slice(begin - part.start, end - part.start)
+            found.append((param.reshape(-1)[values], grad.reshape(-1)[values], m[own], v[own], what))
+        at += grad.size
+    return found
+
+
 def query_blocks(buffer, B: int, start: int, T: int, most: int) -> Iterator[tuple]:
     """(first, B x rows x keys view of a flat buffer) for blocks of queries at first.. with the keys up to their last.
 

@@ -251,7 +251,18 @@ def save(
     options, extra = saved_options(args), (extra or {}) | run.memory()
     order, rank, size = loader.state(), run.ranks.rank, run.ranks.size
     state = TrainState(
-        file.step, run.sampler.state, file.shard, file.sample, m, v, order, options, rank, size, extra=extra
+        file.step,
+        run.sampler.state,
+        file.shard,
+        file.sample,
+        m,
+        v,
+        order,
+        options,
+        rank,
+        size,
+        extra,
+        int(run.ranks.zero),
     )
     print(f"saving checkpoint to {args.checkpoint}", flush=True)
     for dropped in save_checkpoint(args.checkpoint, file, state, run.ranks):

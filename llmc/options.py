@@ -73,6 +73,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--shuffle", type=flag01, default=True, help="1: shuffle shards and samples, as llm.c does")
     add("--seed", type=positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
     add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")
+    add("--zero", type=flag01, default=False, help="1: each process of mpiexec has its part of AdamW's m and v")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
     add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")
@@ -122,6 +123,7 @@ def parse_options(
         args = parser.parse(argv, saved=resumed_settings(args.resume, state, typed))
     else:
         model = read_model(args.model)
+    ranks.zero = args.zero
     ranks.broadcast(model.params), ranks.broadcast(model.extra)  # however their files differ
     maxT = model.config.maxT
     args.seq_len = args.seq_len or min(1024, maxT)
@@ -133,6 +135,9 @@ def parse_options(
     args.trainer = trainer
     args.train_data = args.train_data or default_data(model.config.V, "train")
     args.val_data = args.val_data or default_data(model.config.V, "val")
+    if state and state.zero != args.zero:
+        hint = f"--zero {state.zero}, or start anew from its weights: -e {args.resume} in place of --resume"
+        raise UserError(f"--zero {int(args.zero)}: {args.resume} was saved with --zero {state.zero}", hint, 2)
     if args.total_batch:
         args.grad_accum = micro_steps(args, ranks.size)
     if ranks.rank == 0:

@@ -7,6 +7,7 @@ the same in all of them to the bit, and so are the weights. Without mpiexec noth
 Source: train_gpt2.cu and llmc/zero.cuh, for what is per rank and what of all.
 """
 
+import math
 import os
 import sys
 import time
@@ -21,7 +22,9 @@ from llmc.errors import UserError
 COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE")
 LOCAL_RANKS = ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "LOCAL_RANK")
 BUCKET = 1 << 22  # values in one reduction: 16 MiB
+ALIGN = 256  # values: a part begins where any kernel may
 PATIENCE = 1.0  # seconds in which the first rank may tell an error that all have
+FORWARDED = 0.3  # seconds in which mpiexec passes on what was printed: what it still has when a rank aborts is lost
 
 
 def launched() -> int:
@@ -33,11 +36,13 @@ def launched() -> int:
 class Ranks:
     """This process, `rank` of `size`, and local_rank on its machine.
 
-    comm: an mpi4py communicator, None for a process alone, in which every method returns what it was given.
+    comm: an mpi4py communicator, None for a process alone, in which every method returns what it was given. zero: each
+    rank updates its part of the parameters and has AdamW's m and v of that part alone: ZeRO stage 1 (Rajbhandari et al.
+    2020, arXiv 1910.02054).
     """
 
-    def __init__(self, comm=None, local_rank: int = 0):
-        self.comm, self.local_rank = comm, local_rank
+    def __init__(self, comm=None, local_rank: int = 0, zero: bool = False):
+        self.comm, self.local_rank, self.zero = comm, local_rank, zero
         self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm else (0, 1)
         self.stderr: TextIO | None = None  # of a rank that is silent, for its errors
 
@@ -46,13 +51,42 @@ class Ranks:
         if self.comm:
             self.comm.Bcast(values)
 
-    def add_up(self, values: np.ndarray) -> None:
-        """values (n) float32 become their sum over all ranks, the same bits in each."""
-        if self.comm:
-            from mpi4py import MPI
+    def part(self, size: int) -> slice:
+        """The values of a flat buffer that this rank updates: all of them without ZeRO."""
+        return part_of(size, self.rank, self.size) if self.zero else slice(0, size)
 
+    def add_up(self, values: np.ndarray) -> None:
+        """values (n) float32 become their sum over all ranks, the same bits in each.
+
+        With ZeRO those of a rank's own part; its others are of no meaning afterwards.
+        """
+        if not self.comm:
+            return
+        from mpi4py import MPI
+
+        if not self.zero:
             for start in range(0, values.size, BUCKET):
                 self.comm.Allreduce(MPI.IN_PLACE, values[start : start + BUCKET])
+            return
+        for root in range(self.size):
+            part = part_of(values.size, root, self.size)
+            for start in range(part.start, part.stop, BUCKET):
+                bucket = values[start : min(start + BUCKET, part.stop)]
+                sent, received = (MPI.IN_PLACE, bucket) if root == self.rank else (bucket, None)
+                self.comm.Reduce(sent, received, root=root)
+
+    def share(self, values: np.ndarray) -> None:
+        """With ZeRO, where each rank has its part of `values` (n) float32: now all have all."""
+        if self.comm and self.zero:
+            from mpi4py import MPI
+
+            parts = [part_of(values.size, rank, self.size) for rank in range(self.size)]
+            sizes = [part.stop - part.start for part in parts]
+            self.comm.Allgatherv(MPI.IN_PLACE, [values, sizes, [part.start for part in parts], MPI.FLOAT])
+
+    def norm(self, x: float) -> float:
+        """The norm of the whole, of which x is that of this rank's part."""
+        return math.sqrt(self.total(x * x)) if self.zero else x
 
     def total(self, x: float) -> float:
         """The sum over all ranks of a float64."""
@@ -70,6 +104,15 @@ class Ranks:
         """Wait until all ranks are here."""
         if self.comm:
             self.comm.Barrier()
+
+
+def part_of(size: int, rank: int, count: int) -> slice:
+    """Which of `size` values of a flat buffer one of `count` ranks updates: about as many each, in whole rows of ALIGN.
+
+    The last ones may have fewer, or none. llm.c cuts each tensor; then a rank's values are in many places.
+    """
+    each = -(-size // (count * ALIGN)) * ALIGN
+    return slice(min(rank * each, size), min((rank + 1) * each, size))
 
 
 ALONE = Ranks()
@@ -124,4 +167,5 @@ def end_all(code: int, lines: Iterable[str] = ()) -> None:
         for line in lines:
             print(f"rank {_opened.rank}: {line}", file=_opened.stderr)
     sys.stdout.flush(), sys.stderr.flush()
+    time.sleep(FORWARDED)
     _opened.comm.Abort(code)

@@ -17,7 +17,7 @@ import numpy as np
 from llmc.checkpoint import Model, named_views, read_model, tensor_shapes, write_model
 from llmc.errors import UserError, explain_os_error
 from llmc.files import is_read_only
-from llmc.ranks import ALONE, Ranks
+from llmc.ranks import ALONE, Ranks, part_of
 from llmc.state import TrainState, read_state, write_state
 
 LLMC_MODEL = re.compile(r"model_(\d{8})\.bin")
@@ -61,8 +61,10 @@ def not_finite(values: np.ndarray) -> int | None:
 
 def check_finite_state(path: str | os.PathLike, model: Model, state: TrainState) -> None:
     """Raise UserError, naming the tensor, if a weight, an extra value, m or v is NaN or infinite."""
-    own = model.params.size
-    parts = (("weight", model.params, 0), ("weight", model.extra, own), ("m", state.m, 0), ("v", state.v, 0))
+    own, first = model.params.size, 0
+    if state.zero:
+        first = part_of(own + model.extra.size, state.rank, state.num_processes).start
+    parts = (("weight", model.params, 0), ("weight", model.extra, own), ("m", state.m, first), ("v", state.v, first))
     for what, values, offset in parts:
         if (at := not_finite(values)) is None:
             continue
@@ -80,11 +82,14 @@ def save_checkpoint(path: str | os.PathLike, model: Model, state: TrainState, ra
 
     Of several ranks each writes its own state, and then the first one the model.
 
-    m and v of the state belong to the parameters and then, if there are any, to the extra values: one length in all.
+    m and v of the state belong to the parameters and then, if there are any, to the extra values: one length in all, of
+    which a rank with ZeRO has its part.
     Returns those removed that this process had neither written nor resumed from. Raises UserError, with nothing
     touched, for values that are not finite, and for what the system refuses.
     """
-    if state.m.size != model.params.size + model.extra.size:
+    whole = model.params.size + model.extra.size
+    part = ranks.part(whole)
+    if state.m.size != part.stop - part.start:
         raise ValueError(f"{state.m.size} values of m, the model has {model.params.size} and {model.extra.size} extra")
     check_finite_state(path, model, state)
     path = Path(os.path.realpath(path))

@@ -3,8 +3,9 @@
     int32 header[256]: 20240527, 1, num_processes, rank, use_master_weights, should_shuffle
                    10: step
         20 22 30 32: uint64 rng_state, rng_state_last_update, shard, sample
-                  128: 20261121, 1, length of the options (our extension)
-    m float32 (n), v float32 (n)          n = num_parameters, as in llm.c's ZeRO stage 0, + the model's extra values
+                  128: 20261121, 1, length of the options, ZeRO stage (our extension)
+    m float32 (n), v float32 (n)          n = num_parameters, as in llm.c's ZeRO stage 0, + the model's extra values;
+                                          of ZeRO stage 1 this rank's part of them (llmc/ranks.py; llm.c cuts otherwise)
     if should_shuffle: uint64 count, int32 shard_indices; uint64 count, int32 intra_shard_indices; Mersenne Twister
     the options, JSON in UTF-8; what else a trainer keeps is among them under the name "extra"
 
@@ -32,6 +33,7 @@ from llmc.files import (
     read_array,
     read_header,
 )
+from llmc.ranks import part_of
 
 MAGIC, VERSION = 20240527, 1
 WHAT = "state file"
@@ -70,6 +72,7 @@ class TrainState:
     rank: int = 0
     num_processes: int = 1
     extra: dict = field(default_factory=dict)
+    zero: int = 0
 
 
 def write_state(path: str | os.PathLike, state: TrainState) -> None:
@@ -83,7 +86,7 @@ def write_state(path: str | os.PathLike, state: TrainState) -> None:
     header[10] = state.step
     for index, value in ((RNG_STATE, state.rng_state), (SHARD, state.shard), (SAMPLE, state.sample)):
         header.view("<u8")[index] = value
-    header[EXTENSION : EXTENSION + 3] = EXTENSION_MAGIC, EXTENSION_VERSION, len(options)
+    header[EXTENSION : EXTENSION + 4] = EXTENSION_MAGIC, EXTENSION_VERSION, len(options), state.zero
     with atomic_write(path) as file:
         file.write(header.data)
         for moments in (state.m, state.v):
@@ -103,7 +106,9 @@ def read_state(path: str | os.PathLike, num_parameters: int) -> TrainState:
         _check_header(header, path)
         step, options_bytes = int(header[10]), _options_bytes(header, path)
         rng_state, shard, sample = map(int, header.view("<u8")[[RNG_STATE, SHARD, SAMPLE]])
-        m, v = (_read(file, path, "<f4", num_parameters, name) for name in ("m", "v"))
+        zero = _zero_stage(header, path)
+        part = part_of(num_parameters, int(header[3]), int(header[2])) if zero else slice(0, num_parameters)
+        m, v = (_read(file, path, "<f4", part.stop - part.start, name) for name in ("m", "v"))
         shuffle = _read_shuffle(file, path) if header[5] else None
         options = _read(file, path, np.uint8, options_bytes, "options").tobytes()
         _check_end(file, path)
@@ -111,7 +116,8 @@ def read_state(path: str | os.PathLike, num_parameters: int) -> TrainState:
         sizes = f"{shuffle.shard_indices.size} shards and {shuffle.intra_shard_indices.size} samples"
         raise UserError(f"{path}: shard {shard}, sample {sample}; expected within {sizes}", HINT)
     options, extra = _parse_options(options, path) if options else ({}, {})
-    return TrainState(step, rng_state, shard, sample, m, v, shuffle, options, int(header[3]), int(header[2]), extra)
+    rank, num_processes = int(header[3]), int(header[2])
+    return TrainState(step, rng_state, shard, sample, m, v, shuffle, options, rank, num_processes, extra, zero)
 
 
 def _check_header(header: np.ndarray, path: str | os.PathLike) -> None:
@@ -144,6 +150,13 @@ def _options_bytes(header: np.ndarray, path: str | os.PathLike) -> int:
     if length < 0:
         raise UserError(f"{path}: {length} bytes of options, expected 0 or more", HINT)
     return length
+
+
+def _zero_stage(header: np.ndarray, path: str | os.PathLike) -> int:
+    zero = int(header[EXTENSION + 3]) if header[EXTENSION] == EXTENSION_MAGIC else 0
+    if zero not in (0, 1):
+        raise UserError(f"{path}: ZeRO stage {zero}, expected 0 or 1", HINT)
+    return zero
 
 
 def _read(file: BinaryIO, path: str | os.PathLike, dtype, count: int, what: str) -> np.ndarray:

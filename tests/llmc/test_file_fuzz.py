@@ -64,7 +64,7 @@ KINDS = {
     "state": (
         lambda path: write_state(path, TrainState(3, 9, 1, 2, PARAMS, PARAMS, SHUFFLE, {"b": 4})),
         lambda path: read_state(path, PARAMS.size),
-        {*range(6), 10, 20, 21, *range(30, 34), 128, 129, 130},
+        {*range(6), 10, 20, 21, *range(30, 34), 128, 129, 130, 131},
     ),
     "debug state": (write_debug, lambda path: read_debug_state(path, CONFIG), {*range(4)}),
     "data": (lambda path: write_tokens(path, np.arange(50, dtype=np.uint16)), read_data, {*range(3)}),
