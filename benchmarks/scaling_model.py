@@ -233,7 +233,12 @@ def text(rates: Namespace) -> str:
         f"{KEPT} C floats a layer and its logits, with `--recompute 1` one such layer and C floats of each; "
         "backward's own buffers come on top."
     )
-    links = "**Other links**, efficiency without and with overlap:"
+    sending = all_reduce(size(MODELS["124M"]), 64, Namespace(**vars(rates) | {"base": 0, "hop": 0, "net_hop": 0}))
+    latency = 1 - sending / all_reduce(size(MODELS["124M"]), 64, rates)
+    links = (
+        f"**Other links**, efficiency without and with overlap. Of the sum of 124M over 64 GPUs {100 * latency:.0f} % "
+        "is latency:"
+    )
     parts = [how, *(efficiency_table(name, rates) for name in MODELS), end, end_table(rates), links, link_table(rates)]
     parts += [held, memory_table()]
     return "".join(f"\n{part if part.startswith('|') else fill(part, 120) + chr(10)}" for part in parts) + "\n"
