@@ -6,9 +6,10 @@
 
 A rank has one BLAS thread and B rows of its own, so R ranks have R times one's tokens in a step. Runs of 1, 2 (and,
 with as many cores, 4) ranks take turns; times are the medians of the steps that they print, without the first ones of
-each run. Then ranks sum as many floats alone, as a step does its gradients. Predicted is what one rank's step and that
-sum give, one behind the other: R t1 / (t1 + sum). Weights are random, tokens too. OPENBLAS_CORETYPE and
-OPENBLAS_L2_SIZE are unset for all: they override what OpenBLAS finds out about the processor.
+each run. Apart are as many single ranks at once, which share the machine and nothing else. Then ranks sum as many
+floats alone, as a step does its gradients. Predicted is what one rank's step and that sum give, one behind the other:
+R t1 / (t1 + sum). Weights are random, tokens too. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are unset for all: they
+override what OpenBLAS finds out about the processor.
 """
 
 import os
@@ -26,6 +27,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
@@ -117,6 +119,12 @@ def training(count: int, size: Size, folder: Path) -> list[float]:
     return step_times(ranks_run(count, ROOT / "train_banded.py", *words, *flags.split()))
 
 
+def apart(count: int, size: Size, folder: Path) -> list[float]:
+    """Milliseconds of the steps of `count` runs of one rank at the same time, which do not know each other."""
+    with ThreadPoolExecutor(count) as pool:
+        return [ms for times in pool.map(lambda _: training(1, size, folder), range(count)) for ms in times]
+
+
 def sums(count: int, values: int, repeats: int) -> list[float]:
     """Milliseconds of a sum of so many floats over `count` ranks."""
     return [float(word) for word in ranks_run(count, __file__, "--worker", values, "--repeats", repeats).split()]
@@ -135,19 +143,17 @@ def work(values: int, repeats: int) -> None:
 
 
 def measure(size: Size, counts: list[int], rounds: int) -> dict:
-    """{"B", "T", "values": of the gradients, "ms": {ranks: times of each round}, "sums": {ranks: times}}."""
-    values = num_parameters(PRESETS[size.preset])
-    found = {"B": size.B, "T": size.T, "values": values, "ms": {str(count): [] for count in counts}, "sums": {}}
+    """{"B", "T", "values": of the gradients, "ms": {ranks: rounds of times}, "apart" and "sums": {ranks: times}}."""
+    values, several = num_parameters(PRESETS[size.preset]), [count for count in counts if count > 1]
+    found = {"B": size.B, "T": size.T, "values": values, "ms": {str(count): [] for count in counts}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(size.preset, folder, 16 * max(counts) * size.B * size.T + 1)
         for _ in range(rounds):
             for count in counts:
                 found["ms"][str(count)].append(training(count, size, folder))
-    for count in counts:
-        if count > 1:
-            found["sums"][str(count)] = sums(count, values, 8)
-    return found
+        found["apart"] = {str(count): apart(count, size, folder) for count in several}
+    return found | {"sums": {str(count): sums(count, values, 8) for count in several}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -171,11 +177,12 @@ def rows(name: str, found: dict) -> list[str]:
         R, ms = int(count), middle(times)
         cells = [f"{name}, B={B} T={T}", count, f"{ms:.0f}", f"{1e3 * R * B * T / ms:.0f}"]
         if R == 1:
-            cells += ["1.00", "", "", ""]
+            cells += ["1.00", "", "", "", ""]
         else:
             each, reducing = gains(found, count), middle([found["sums"][count]])
             rate = 2 * (R - 1) / R * 4 * found["values"] / reducing / 1e6
             cells += [f"{R * alone / ms:.2f} ({min(each):.2f} .. {max(each):.2f})"]
+            cells += [f"{R * alone / middle([found['apart'][count]]):.2f}"]
             cells += [f"{predicted(R, alone, reducing):.2f}", f"{reducing:.1f}", f"{rate:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -183,8 +190,10 @@ def rows(name: str, found: dict) -> list[str]:
 
 def table(results: dict) -> str:
     """Markdown of all sizes."""
-    lines = ["| model, a rank's batch | ranks | ms a step | tokens/s | over one rank's | predicted | sum, ms | GB/s |"]
-    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    lines = [
+        "| model, a rank's batch | ranks | ms a step | tokens/s | over one's | apart | predicted | sum, ms | GB/s |"
+    ]
+    lines.append("|---|" + "---:|" * 8)
     return "\n".join(lines + [row for name, found in results["sizes"].items() for row in rows(name, found)]) + "\n"
 
 
