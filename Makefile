@@ -1,4 +1,4 @@
-# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures experiments experiment | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff | clean help
+# llm.cupy: make train_banded train_sparse_attn train_toroidal | generate plot recall figures experiments experiment | setup data model | test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_scaling bench_gpu gpu_check diff | clean help
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,7 +12,7 @@ W ?= 256
 
 DATA := data/shakespeare/shakespeare_train.bin
 
-.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures experiments experiment generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_gpu gpu_check diff clean help
+.PHONY: train_banded train_sparse_attn train_toroidal plot recall figures experiments experiment generate setup data model test test_quick test_slow lint kernels roofline bench bench_band bench_sparse bench_scaling bench_gpu gpu_check diff clean help
 
 help:  ## this list
 	@grep -hE '^[a-z_]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -130,6 +130,13 @@ bench_band: setup  ## the products of banded MLPs against dense ones, written to
 bench_sparse: setup  ## sparse attention against dense: on the CPU, into benchmarks/RESULTS.md; on a GPU, into GPU.md
 	$(PY) benchmarks/sparse_gpu.py --device auto
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/sparse_attention.py
+
+bench_scaling: $(VENV)/mpi-ready  ## ranks of train_banded.py under mpiexec beside one, four minutes, and many GPUs counted, into doc/scaling.md
+	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/scaling.py
+	$(PY) benchmarks/scaling_model.py
+$(VENV)/mpi-ready: $(VENV)/ready requirements-mpi.txt
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-mpi.txt
+	@touch $@
 
 bench_gpu: setup  ## on a GPU: milliseconds a step beside PyTorch and llm.c (LLMC=its folder), written to benchmarks/GPU.md
 	$(PY) benchmarks/gpu_step_time.py
