@@ -429,6 +429,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
                 batch.backward(first=micro_step == 0)
                 loss += batch.mean_loss() / grad_accum
+            loop.wait_for_all(args, device, run, started)
             ranks.add_up(model.grads_flat)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)

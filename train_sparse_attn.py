@@ -662,6 +662,7 @@ def main(argv: list[str] | None = None) -> int:
                 loss += batch.mean_loss() / grad_accum
                 if learns:
                     loop.check_finite("indexer's", batch.mean("mean_kl"), step + 1, args)
+            loop.wait_for_all(args, device, run, started)
             ranks.add_up(model.grads_flat)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)

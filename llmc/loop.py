@@ -303,6 +303,17 @@ def spiked(args: Namespace, run: Run, loss: float, gradient_norm: Callable[[], f
     return False
 
 
+def wait_for_all(args: Namespace, device, run: Run, started: float) -> None:
+    """With --ranks-timing 1 a line how long each rank worked on the step that began at `started`; then they meet."""
+    if args.ranks_timing and run.ranks.size > 1:
+        device.synchronize()
+        times = run.ranks.gather(1000 * (time.perf_counter() - started))
+        slowest = max(range(len(times)), key=times.__getitem__)
+        run.progress.clear()
+        told = ", ".join(f"{milliseconds:.1f}" for milliseconds in times)
+        print(f"ranks worked {told} ms; the slowest is {slowest}", flush=True)
+
+
 def print_step(
     args: Namespace, device, config: GPT2Config, run: Run, step: int, loss: float, started: float, lr, norm
 ) -> float:

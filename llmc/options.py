@@ -74,6 +74,7 @@ def add_options(parser: ArgumentParser) -> None:
     add("--seed", type=positive_int, help="of shuffle and sampler (default: llm.c's 42 and 1337)")
     add("--overfit-batch", type=flag01, default=False, help="1: every step on the first validation data")
     add("--zero", type=flag01, default=False, help="1: each process of mpiexec has its part of AdamW's m and v")
+    add("--ranks-timing", type=flag01, default=False, help="1: a line behind each step, how long each process worked")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto (the GPU if one works), cpu or cuda")
     add("--tf32", type=flag01, default=False, help="1: the GPU's matrix products may round their operands to TF32")
     add("--graph", choices=("auto", "0", "1"), default="auto", help="CUDA graphs: auto (where they work), 0 or 1")

@@ -184,7 +184,7 @@ def judged(found, honest, leaking) -> list[tuple[str, str, str]]:
         return f"at {T}, not shown to be worse than the best: {good}"
 
     T = values(leaking, "T")[-1]
-    leak = ", ".join(f"{k:g}" for k in dict.fromkeys(optimum(found, T, 1)))
+    leak = ", ".join(f"{k:g}" for k in optimum(found, T, 1))
     moves = optimum(found, lengths[-1]) - optimum(found, lengths[0])
     moved = f"from {lengths[0]} to {lengths[-1]} the best ratio moves by {shown(mean_interval(moves), 2, '', '+')}"
     worst = "; ".join(f"{T}: {delta(*extremes(matrix(found, T)))}" for T in lengths)
@@ -194,7 +194,7 @@ def judged(found, honest, leaking) -> list[tuple[str, str, str]]:
     return [
         (
             "the best share is 0.75, the largest tried, at every length",
-            f"with the leak, at {T}: {leak}; {as_good(T)}",
+            f"with the leak, at {T}, best of each seed: {leak}; without it, {as_good(T)}",
             leaks,
         ),
         ("H1: short sequences want a large share", as_good(lengths[0]), leaks),

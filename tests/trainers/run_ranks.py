@@ -2,13 +2,15 @@
 
     mpiexec -n 2 python tests/trainers/run_ranks.py train_banded.py -n 3 ...
 
-RANK_FAULT="1 4 KIND": rank 1 in its step 4, counted from 0, meets with "error", "memory", "bug" or "kill".
+RANK_FAULT="1 4 KIND": rank 1 in its step 4, counted from 0, meets with "error", "memory", "bug" or "kill"; with "slow"
+every backward of that rank takes 0.4 s more.
 """
 
 import importlib
 import os
 import signal
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -22,6 +24,7 @@ FAULTS = {
     "error": lambda: (_ for _ in ()).throw(errors.UserError("train.bin: gone bad", "mend it")),
     "memory": lambda: (_ for _ in ()).throw(MemoryError("no room")),
     "bug": lambda: 1 // 0,
+    "slow": lambda: time.sleep(0.4),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
 }
 
@@ -30,14 +33,21 @@ def main(argv: list[str]) -> int:
     trainer = importlib.import_module(argv[0].removesuffix(".py"))
     batches, learning_rate = [], trainer.learning_rate
 
+    rank, at, kind = os.environ.get("RANK_FAULT", "-1 -1 none").split()
+    is_here = open_ranks().rank == int(rank)
+
     class Shares(trainer.Shares):
         def __init__(self, *args):
             super().__init__(*args)
             batches.append(self)
 
+        def backward(self, *args, **named):
+            super().backward(*args, **named)
+            if is_here and kind == "slow":
+                FAULTS[kind]()
+
     def then_fault(schedule, step, **settings):
-        rank, at, kind = os.environ.get("RANK_FAULT", "-1 -1 none").split()
-        if (open_ranks().rank, step) == (int(rank), int(at)):
+        if is_here and step == int(at) and kind != "slow":
             FAULTS[kind]()
         return learning_rate(schedule, step, **settings)
 

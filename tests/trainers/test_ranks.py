@@ -296,6 +296,16 @@ def test_ctrl_c_on_mpiexec_saves_once(folder):
     done(run(2, "train_banded.py", f"--resume c.bin -n {steps + 2}", folder), 2)
 
 
+@needs_mpi
+def test_a_straggler_is_named(folder):
+    out = done(run(3, "train_banded.py", "-n 4 -b 1 -s 0 --ranks-timing 1", folder, fault="1 0 slow"), 3).out
+    found = re.findall(r"^ranks worked (\S+), (\S+), (\S+) ms; the slowest is (\d)$", out, re.M)
+    assert len(found) == 4
+    for *times, slowest in found[1:]:
+        first, second, third = map(float, times)
+        assert slowest == "1" and second >= 400 and max(first, third) < second - 200
+
+
 def test_what_a_launcher_says(monkeypatch):
     for name in ranks.COUNTS:
         monkeypatch.delenv(name, raising=False)
