@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import test_sparse_model
+import test_torus_model
 import tiny
 from cuda_emulator.runtime import EmulatedRuntime
 from test_sparse_model import CONFIGS, SPARSE, batch
@@ -122,7 +123,12 @@ def sparse(recompute: bool, B=4, T=64):
     return train_sparse_attn.GPT2(cpu, SIZES, sparsity, flat, B, T, recompute=recompute)
 
 
-@pytest.mark.parametrize("make", [banded, sparse])
+def toroidal(recompute: bool):
+    torus = replace(test_torus_model.BASE, layers=(0, 3), period=64)
+    return test_torus_model.tiny_model(torus, 4, 64, np.float32, config=SIZES, recompute=recompute)
+
+
+@pytest.mark.parametrize("make", [banded, sparse, toroidal])
 def test_it_saves_the_memory_that_it_says(make):
     """Peak of Python's allocations in a first step: the difference is the predicted one within 2%."""
     (inputs, targets), peaks, predicted = batch(SIZES, 4, 64), [], []
