@@ -358,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
     args, typed, file, state = options.parse_options(arguments(), argv, "train_banded.py", ranks)
     band = choose_band(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks)
     run = loop.open_run(args, config, state, ranks)
     start, steps = run.start, run.steps
 
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
                 batch.backward(first=micro_step == 0)
                 loss += batch.mean_loss() / grad_accum
-            ranks.add_up(model.grads_flat)
+            device.all_reduce(model.grads_flat, ranks)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)

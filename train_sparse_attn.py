@@ -578,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks)
     run = loop.open_run(args, config, state, ranks)
     start, steps, warmup = run.start, run.steps, args.indexer_warmup
     batches = grad_accum * ranks.size  # of a step
@@ -637,7 +637,7 @@ def main(argv: list[str] | None = None) -> int:
                 loss += batch.mean_loss() / grad_accum
                 if learns:
                     loop.check_finite("indexer's", batch.mean("mean_kl"), step + 1, args)
-            ranks.add_up(model.grads_flat)
+            device.all_reduce(model.grads_flat, ranks)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             if warming_up:  # a schedule for each stage

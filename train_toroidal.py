@@ -480,7 +480,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     )
     best, worse = loop.best_so_far(args, state)  # worse: validations since the best
-    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks)
     run = loop.open_run(args, config, state, ranks, args.epochs)
     start, steps = run.start, run.steps
 
@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
                 batch.backward(first=micro_step == 0)
                 loss += batch.mean_loss() / grad_accum
-            ranks.add_up(model.grads_flat)
+            device.all_reduce(model.grads_flat, ranks)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)

@@ -65,7 +65,8 @@ CALLS = {
     "cuda.Graph.launch": ([], []),
     "cuda.get_current_stream": ([], []),
     "cuda.get_cublas_handle": ([], []),
-    "cuda.runtime.getDevice": ([], []),
+    "cuda.runtime.getDeviceCount": ([], []),
+    "cuda.runtime.setDevice": (["device"], []),
     "cuda.runtime.getDeviceProperties": (["device"], []),
     "cuda.runtime.memGetInfo": ([], []),
     "cuda.runtime.deviceSynchronize": ([], []),
@@ -354,10 +355,11 @@ def test_nothing_else_imports_cupy():
     for path in files:
         for line in re.findall(r"^ *((?:import|from) +cupy\b.*)$", path.read_text(), re.MULTILINE):
             importing.setdefault(str(path.relative_to(ROOT)), []).append(line)
-    for path in ("tests/kernels/test_cuda_runtime.py", "tests/availability.py"):
+    for path in ("tests/kernels/test_cuda_runtime.py", "tests/kernels/test_cuda_nccl.py", "tests/availability.py"):
         importing.pop(path, None)
     assert importing == {
         "kernels/cuda/runtime/runtime.py": ["import cupy"],
+        "kernels/cuda/runtime/nccl.py": ["from cupy.cuda import nccl"],
         "kernels/cuda/runtime/compile.py": ["from cupy.cuda import nvrtc"] * 2,
         "benchmarks/gpu_step_time.py": ["import cupy"] * 2,  # memory and versions
         "benchmarks/kernel_times.py": ["import cupy"],  # events
@@ -944,7 +946,7 @@ def test_with_a_driver_that_is_too_old(fake, capfd):
     def fail():
         raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
 
-    fake.module.cuda.runtime.getDevice = fail
+    fake.module.cuda.runtime.getDeviceCount = fail
     check_falls_back("the GPU: cudaErrorInsufficientDriver: CUDA driver version is insufficient", capfd)
 
 
