@@ -101,7 +101,8 @@ class FakeCupy:
         class ndarray:
             def __init__(self, shape, dtype=float, memptr=None):
                 self.shape, self.dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
-                self.ndim, self.nbytes = len(self.shape), math.prod(self.shape) * self.dtype.itemsize
+                self.ndim, self.size = len(self.shape), math.prod(self.shape)
+                self.nbytes = self.size * self.dtype.itemsize
                 if memptr is None:
                     fake.allocations.append(("device", self.nbytes))
                 self.data = memptr or Memory(self.nbytes)

@@ -24,7 +24,7 @@ from kernels.driver import NoDevice
 from llmc.errors import UserError
 
 BUCKET = 1 << 24  # values in one call: 64 MiB
-HINT = 'pip install "nvidia-nccl-cu12>=2.18.1,<3" (-cu13 for cupy-cuda13x), or --device cpu'
+HINT = "pip install nvidia-nccl-cu12 (-cu13 for cupy-cuda13x), or --device cpu"
 
 
 def import_nccl():
