@@ -3,7 +3,8 @@
     mpiexec -n 2 python train_banded.py -e model.bin -b 4        # two ranks of four rows each, a batch of eight
 
 Every rank has the whole model and rows of its own. What they agree on before an update, the sum of the gradients, is
-the same in all of them to the bit, and so are the weights. Without mpiexec nothing is imported, and nothing changes.
+the same in all of them to the bit, and so are the weights. Without mpiexec nothing is imported, and nothing changes. On
+GPUs, one a rank, gradients add up by NCCL (Device.all_reduce), all else by MPI.
 Source: train_gpt2.cu and llmc/zero.cuh, for what is per rank and what of all.
 """
 
@@ -47,7 +48,7 @@ class Ranks:
             self.comm.Bcast(values)
 
     def add_up(self, values: np.ndarray) -> None:
-        """values (n) float32 become their sum over all ranks, the same bits in each."""
+        """values (n) float32 of the CPU become their sum over all ranks, the same bits in each."""
         if self.comm:
             from mpi4py import MPI
 

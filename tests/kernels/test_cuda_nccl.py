@@ -91,7 +91,7 @@ def test_a_cupy_that_finds_no_nccl_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy.cuda", Cuda())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(NoDevice, match=r"^CuPy finds no NCCL, Reason: ImportError \(libnccl.so.2\)$"):
+        with pytest.raises(NoDevice, match=r"^CuPy finds no NCCL: ImportError \(libnccl.so.2\)$"):
             nccl.import_nccl()
 
 

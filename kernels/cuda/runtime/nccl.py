@@ -36,8 +36,9 @@ def import_nccl():
         except Exception as error:  # a CuPy that was built without it
             raise NoDevice(f"CuPy has no NCCL: {one_line(error)}", HINT) from error
     if not nccl.available:
-        why = [line.strip() for warning in told for line in str(warning.message).splitlines() if "Reason:" in line]
-        raise NoDevice(f"CuPy finds no NCCL{''.join(f', {line}' for line in why[:1])}", HINT)
+        lines = [line.strip() for warning in told for line in str(warning.message).splitlines()]
+        why = next((line.removeprefix("Reason:") for line in lines if line.startswith("Reason:")), "")
+        raise NoDevice(f"CuPy finds no NCCL{why and ':'}{why}", HINT)
     return nccl
 
 
