@@ -495,7 +495,7 @@ class GPT2:
         if clips and self.ranks.zero:
             self.gradient_norm()
         self.replay(self.launch_update, t > 0, indexer_t > 0, dense or self.always_dense, clips)
-        self.ranks.share(self.params_flat)
+        self.ops.all_gather(self.params_flat, self.ranks)
         return float(self.ops.to_host(self.norm)[0]) if clips else None
 
     def gradient_norm(self) -> float:
@@ -603,7 +603,7 @@ def main(argv: list[str] | None = None) -> int:
     check_architecture(args, file.config)
     sparsity = choose_sparsity(args, typed, file)
     config, B, T, grad_accum = file.config, args.batch_size, args.seq_len, args.grad_accum
-    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks)
     run = loop.open_run(args, config, state, ranks)
     start, steps, warmup = run.start, run.steps, args.indexer_warmup
     batches = grad_accum * ranks.size  # of a step
@@ -663,7 +663,7 @@ def main(argv: list[str] | None = None) -> int:
                 if learns:
                     loop.check_finite("indexer's", batch.mean("mean_kl"), step + 1, args)
             loop.wait_for_all(args, device, run, started)
-            ranks.add_up(model.grads_flat)
+            device.all_reduce(model.grads_flat, ranks)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             if warming_up:  # a schedule for each stage

@@ -370,7 +370,7 @@ class GPT2:
         if grad_clip and self.ranks.zero:
             self.gradient_norm()
         self.replay(self.launch_update, grad_clip > 0)
-        self.ranks.share(self.params_flat)
+        self.ops.all_gather(self.params_flat, self.ranks)
         return float(self.ops.to_host(self.norm)[0]) if grad_clip else None
 
     def gradient_norm(self) -> float:
@@ -500,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     )
     best, worse = loop.best_so_far(args, state)  # worse: validations since the best
-    device = kernels.open_device(args.device, args.tf32, args.graph, ranks.local_rank)
+    device = kernels.open_device(args.device, args.tf32, args.graph, ranks)
     run = loop.open_run(args, config, state, ranks, args.epochs)
     start, steps = run.start, run.steps
 
@@ -558,7 +558,7 @@ def main(argv: list[str] | None = None) -> int:
                 batch.backward(first=micro_step == 0)
                 loss += batch.mean_loss() / grad_accum
             loop.wait_for_all(args, device, run, started)
-            ranks.add_up(model.grads_flat)
+            device.all_reduce(model.grads_flat, ranks)
             loss = ranks.mean(loss)
             loop.check_finite("train", loss, step + 1, args)
             lr = learning_rate(args.lr_schedule, step, **schedule)

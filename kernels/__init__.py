@@ -10,10 +10,11 @@ from kernels.device import Device
 from llmc.errors import UserError
 
 
-def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto", local_rank: int = 0) -> Device:
+def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto", ranks=None) -> Device:
     """The device "cpu" or "cuda"; "auto" is the GPU if there is one that works, else the CPU.
 
-    local_rank: of several processes on this machine, which GPU is this one's.
+    ranks: the processes that train together, a GPU each (llmc.ranks.Ranks). All of them have one, or all run on the CPU
+    or end with the same error; NCCL is told of them before this returns.
 
     tf32: the GPU may round the operands of matrix products to TF32. graph: whether a model's calls become CUDA graphs
     (kernels/graph.py): "auto" where they can, "1" or it is an error, "0" never. Raises UserError if "cuda" cannot be
@@ -22,7 +23,7 @@ def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto", loc
     """
     from kernels import cpu
 
-    device = cpu if name == "cpu" else _open_cuda(tf32, graph, name == "cuda") or cpu
+    device = cpu if name == "cpu" else _open_cuda(tf32, graph, name == "cuda", ranks) or cpu
     if tf32 and not device.tf32:
         print(f"--tf32 1 has no effect: no TF32 on {device.describe()}", file=sys.stderr)
     if graph == "1" and device is cpu:
@@ -30,20 +31,30 @@ def open_device(name: str = "auto", tf32: bool = False, graph: str = "auto", loc
     return device
 
 
-def _open_cuda(tf32: bool, graph: str, needed: bool) -> Device | None:
-    """The GPU, or None. Raises UserError if it is `needed`."""
-    from kernels.driver import NoDevice, NoDriver, check_driver
+def _open_cuda(tf32: bool, graph: str, needed: bool, ranks) -> Device | None:
+    """The GPU, or None; of several ranks all have one or none has. Raises UserError if it is `needed`."""
+    from kernels.driver import NoDevice, NoDriver, check_driver, why_none
 
+    several = ranks is not None and ranks.size > 1
     try:
         check_driver()  # first: a machine without a GPU need not even import what drives one
-        from kernels.cuda import device
+        from kernels.cuda.runtime import nccl
         from kernels.cuda.runtime.runtime import Runtime
 
-        return device(Runtime(tf32), graph)
-    except NoDevice as reason:
-        if needed:
-            hint = 'pip install "cupy-cuda12x[ctk]" on a machine with an NVIDIA GPU, or --device cpu'
-            raise UserError(f"--device cuda: {reason}", hint) from None
-        if not isinstance(reason, NoDriver):
-            print(f"running on the CPU: {reason}; --device cuda says what helps", file=sys.stderr)
-        return None
+        runtime = Runtime(tf32, local_rank=ranks.local_rank if several else 0)
+        if several:
+            nccl.import_nccl()
+        found = runtime.place
+    except NoDevice as error:
+        found = error
+    # told by MPI, before NCCL, in which one rank would wait for the others for ever
+    reason = why_none(ranks.gather(found) if several else [found])
+    if reason is None:
+        from kernels.cuda import device
+
+        return device(runtime, graph, nccl.Communicator(runtime, ranks) if several else None)
+    if needed:
+        raise UserError(f"--device cuda: {reason}", reason.hint)
+    if not isinstance(reason, NoDriver):
+        print(f"running on the CPU: {reason}; --device cuda says what helps", file=sys.stderr)
+    return None

@@ -56,6 +56,13 @@ class Device(Protocol):
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A function that does what work() tells the device to do; now nothing of it is done."""
 
+    def all_reduce(self, array: Array, ranks) -> None:
+        """array (n) float32 becomes its sum over all processes of `ranks`, which open_device was given; with ZeRO
+        this process's part of it does."""
+
+    def all_gather(self, array: Array, ranks) -> None:
+        """With ZeRO each process of `ranks` has a part of array (n) float32: now all have all. Else nothing."""
+
     # ------------------------------------------------------------------------------------------------------------------
     # gpt2
 

@@ -3,7 +3,8 @@
     mpiexec -n 2 python train_banded.py -e model.bin -b 4        # two ranks of four rows each, a batch of eight
 
 Every rank has the whole model and rows of its own. What they agree on before an update, the sum of the gradients, is
-the same in all of them to the bit, and so are the weights. Without mpiexec nothing is imported, and nothing changes.
+the same in all of them to the bit, and so are the weights. Without mpiexec nothing is imported, and nothing changes. On
+GPUs, one a rank, gradients add up by NCCL (Device.all_reduce), all else by MPI.
 Source: train_gpt2.cu and llmc/zero.cuh, for what is per rank and what of all.
 """
 
@@ -55,8 +56,12 @@ class Ranks:
         """The values of a flat buffer that this rank updates: all of them without ZeRO."""
         return part_of(size, self.rank, self.size) if self.zero else slice(0, size)
 
+    def parts(self, size: int) -> list[slice]:
+        """Those of all ranks, with ZeRO."""
+        return [part_of(size, rank, self.size) for rank in range(self.size)]
+
     def add_up(self, values: np.ndarray) -> None:
-        """values (n) float32 become their sum over all ranks, the same bits in each.
+        """values (n) float32 of the CPU become their sum over all ranks, the same bits in each.
 
         With ZeRO those of a rank's own part; its others are of no meaning afterwards.
         """
@@ -68,8 +73,7 @@ class Ranks:
             for start in range(0, values.size, BUCKET):
                 self.comm.Allreduce(MPI.IN_PLACE, values[start : start + BUCKET])
             return
-        for root in range(self.size):
-            part = part_of(values.size, root, self.size)
+        for root, part in enumerate(self.parts(values.size)):
             for start in range(part.start, part.stop, BUCKET):
                 bucket = values[start : min(start + BUCKET, part.stop)]
                 sent, received = (MPI.IN_PLACE, bucket) if root == self.rank else (bucket, None)
@@ -80,7 +84,7 @@ class Ranks:
         if self.comm and self.zero:
             from mpi4py import MPI
 
-            parts = [part_of(values.size, rank, self.size) for rank in range(self.size)]
+            parts = self.parts(values.size)
             sizes = [part.stop - part.start for part in parts]
             self.comm.Allgatherv(MPI.IN_PLACE, [values, sizes, [part.start for part in parts], MPI.FLOAT])
 

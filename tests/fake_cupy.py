@@ -87,7 +87,7 @@ class FakeCupy:
     """module stands for cupy, and has nothing that CuPy lacks. allocations: what was asked for; launches, waits: what
     was done, in order."""
 
-    def __init__(self, name=b"Fake GPU", major=9, kernels=None):
+    def __init__(self, name=b"Fake GPU", major=9, kernels=None, gpus=1):
         self.allocations, self.launches, self.waits, self.queue = [], [], [], []
         self.enqueued = self.done = 0  # operations so far
         self.kernels = {"probe_kernel": self.probe} | (kernels or {})
@@ -95,17 +95,19 @@ class FakeCupy:
         self.stream, self.captured = Stream(self, 0), None  # captured: operations, while that goes on
         self.math_mode = None
         self.pinned = []
+        self.device = 0  # the current one
         fake = self
 
         class ndarray:
             def __init__(self, shape, dtype=float, memptr=None):
                 self.shape, self.dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
-                self.ndim, self.nbytes = len(self.shape), math.prod(self.shape) * self.dtype.itemsize
+                self.ndim, self.size = len(self.shape), math.prod(self.shape)
+                self.nbytes = self.size * self.dtype.itemsize
                 if memptr is None:
                     fake.allocations.append(("device", self.nbytes))
                 self.data = memptr or Memory(self.nbytes)
                 self.values = self.data.bytes[: self.nbytes].view(self.dtype).reshape(self.shape)
-                self.device = SimpleNamespace(id=0)
+                self.device = SimpleNamespace(id=fake.device)
                 self.flags = SimpleNamespace(c_contiguous=True)
 
             def set(self, arr):
@@ -143,8 +145,16 @@ class FakeCupy:
                 CUBLAS_DEFAULT_MATH=0,
             ),
             runtime=SimpleNamespace(
-                getDevice=lambda: 0,
-                getDeviceProperties=lambda device: {"name": name, "major": major, "minor": 0},
+                getDeviceCount=lambda: gpus,
+                setDevice=lambda device: setattr(self, "device", device),
+                getDeviceProperties=lambda device: {
+                    "name": name,
+                    "major": major,
+                    "minor": 0,
+                    "pciDomainID": 0,
+                    "pciBusID": 0x3B + device,
+                    "pciDeviceID": 0,
+                },
                 memGetInfo=lambda: (30 << 30, 80 << 30),
                 deviceSynchronize=self.synchronize,
             ),

@@ -63,3 +63,13 @@ def synchronize() -> None:
 def capture(work: Callable[[], None]) -> Callable[[], None]:
     """A function that does what work() tells the device to do; here work itself."""
     return work
+
+
+def all_reduce(array: np.ndarray, ranks) -> None:
+    """array (n) float32 becomes its sum over all processes of `ranks` (llmc.ranks.Ranks), by MPI."""
+    ranks.add_up(array)
+
+
+def all_gather(array: np.ndarray, ranks) -> None:
+    """With ZeRO each process of `ranks` has a part of array (n) float32: now all have all of it, by MPI."""
+    ranks.share(array)

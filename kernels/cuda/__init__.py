@@ -12,8 +12,11 @@ MEMORY = ("zeros", "to_device", "copy_in", "to_host", "to_host_later", "synchron
 OPS = ops_on_shelves("cuda")
 
 
-def device(runtime, graph: str = "0") -> Device:
-    """The Device that `runtime` is, a Runtime or an emulator's; graph: see Device."""
+def device(runtime, graph: str = "0", communicator=None) -> Device:
+    """The Device that `runtime` is, a Runtime or an emulator's; graph: see Device.
+
+    communicator: of several processes with a GPU each, this one's (runtime/nccl.py).
+    """
 
     def describe() -> str:
         used, total = runtime.memory()
@@ -22,7 +25,15 @@ def device(runtime, graph: str = "0") -> Device:
     def memory_used() -> int:
         return runtime.memory()[0]
 
+    def all_reduce(array, ranks) -> None:
+        if ranks.size > 1:
+            communicator.add_up(array, ranks)
+
+    def all_gather(array, ranks) -> None:
+        if ranks.size > 1 and ranks.zero:
+            communicator.share_parts(array, ranks)
+
     ops = {name: partial(op, runtime) for name, op in OPS.items()}
     memory = {name: getattr(runtime, name) for name in MEMORY}
     own = dict(describe=describe, memory_used=memory_used, tf32=runtime.tf32, graph=graph)
-    return SimpleNamespace(**ops, **memory, **own)
+    return SimpleNamespace(**ops, **memory, **own, all_reduce=all_reduce, all_gather=all_gather)

@@ -1,6 +1,7 @@
 """The emulated device's memory: arrays that host code cannot look into, between guard zones."""
 
 import ctypes
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -12,31 +13,35 @@ ALIGNMENT = 512  # of an allocation, as CuPy's
 GUARD = 4096  # bytes on either side of an allocation
 GUARD_BYTES = b"\xff" * GUARD  # NaN, whatever the type
 
-_recorded: list | None = None  # what was told while a capture goes on
+
+class _Capture(threading.local):
+    recorded: list | None = None  # what this thread told its device while a capture goes on
+
+
+_capture = _Capture()
 
 
 def enqueue(operation) -> None:
     """Do what the device is told, or record it while a capture goes on."""
-    if _recorded is None:
+    if _capture.recorded is None:
         operation()
     else:
-        _recorded.append(operation)
+        _capture.recorded.append(operation)
 
 
 def record(work) -> list:
     """What work() tells the device, none of it done."""
-    global _recorded
-    _recorded = recorded = []
+    _capture.recorded = recorded = []
     try:
         work()
     finally:
-        _recorded = None
+        _capture.recorded = None
     return recorded
 
 
 def refuse_capture(what: str) -> None:
     """Raise CudaError while a capture goes on: for what CuPy refuses there, and for what a graph must not do."""
-    if _recorded is not None:
+    if _capture.recorded is not None:
         raise CudaError(f"{what}: not while a graph is captured", None)
 
 
@@ -111,6 +116,14 @@ class Memory:
         self._allocations[self._count] = weakref.ref(whole), start, nbytes
         weakref.finalize(whole, self._release, self._count, address_of(whole), whole.nbytes)
         return whole[start : start + nbytes]
+
+    def holds(self, address: int, nbytes: int) -> bool:
+        """Whether so many bytes from that address on are inside of one allocation."""
+        for reference, start, size in list(self._allocations.values()):
+            whole = reference()
+            if whole is not None and 0 <= address - address_of(whole) - start <= size - nbytes:
+                return True
+        return False
 
     def stray_stores(self) -> list[str]:
         """Where guards were overwritten, in words; each is told once."""

@@ -97,6 +97,7 @@ class EmulatedRuntime:
         self._constants = {}
         self._launched = set()  # names, since guards were looked at
         self.graph_launches = 0
+        self.stream = 1  # all that is told is done in order
 
     # ---- memory
 

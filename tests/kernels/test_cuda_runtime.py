@@ -4,7 +4,6 @@ import ast
 import ctypes
 import functools
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -20,6 +19,7 @@ from availability import import_cupy, open_gpu, skip_off_linux
 from cuda_emulator import build
 from cuda_emulator.memory import DeviceArray
 from cuda_emulator.runtime import EmulatedRuntime
+from stub_library import described
 
 import kernels
 import train_banded
@@ -65,7 +65,8 @@ CALLS = {
     "cuda.Graph.launch": ([], []),
     "cuda.get_current_stream": ([], []),
     "cuda.get_cublas_handle": ([], []),
-    "cuda.runtime.getDevice": ([], []),
+    "cuda.runtime.getDeviceCount": ([], []),
+    "cuda.runtime.setDevice": (["device"], []),
     "cuda.runtime.getDeviceProperties": (["device"], []),
     "cuda.runtime.memGetInfo": ([], []),
     "cuda.runtime.deviceSynchronize": ([], []),
@@ -82,34 +83,8 @@ CUBLAS = {  # a signature, or a value of cublas_api.h
 
 @pytest.fixture(scope="module")
 def cublas(cupy, tmp_path_factory) -> dict:
-    """{name: its value, or the signature of a function} of the real cupy.cuda.cublas.
-
-    It cannot be imported without cuBLAS, which is too large to have here. So it is given a library that has cuBLAS's
-    functions by name, and they do nothing: what CuPy's own module holds shows. That its file contains a name proves
-    nothing: debug information has names of the C header that Python never sees.
-    """
-    code = "import json, cupy; public = {n: v for n, v in vars(cupy.cuda.cublas).items() if n[0] != '_'}\n"
-    code += "print(json.dumps({n: v if isinstance(v, int) else v.__doc__ or '' for n, v in public.items()}))"
-    real = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if real.returncode == 0:
-        return json.loads(real.stdout)
-    assert "libcublas" in real.stderr, real.stderr
-    skip_off_linux()
-    import cupy_backends
-
-    (module,) = Path(cupy_backends.__file__).parent.glob("cuda/libs/cublas.*")
-    folder = tmp_path_factory.mktemp("cublas")
-    functions = sorted(set(re.findall(rb"\x00(cublas[A-Z]\w+)\x00", module.read_bytes())))
-    (folder / "cublas.c").write_text("".join(f"void {name.decode()}(void) {{}}\n" for name in functions))
-    # what CuPy looks for, and what its module is linked with
-    for soname in set(re.findall(r"libcublas\w*\.so\.\d+", real.stderr + module.read_bytes().decode("latin-1"))):
-        options = ["-xc", "-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", folder / soname]
-        subprocess.run([build.COMPILER, *options, folder / "cublas.c"], check=True)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(folder)}
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """{name: its value, or the signature of a function} of the real cupy.cuda.cublas."""
+    return described("cublas", tmp_path_factory.mktemp("cublas"))
 
 
 # of which type an attribute is, where the type alone is looked at
@@ -354,10 +329,11 @@ def test_nothing_else_imports_cupy():
     for path in files:
         for line in re.findall(r"^ *((?:import|from) +cupy\b.*)$", path.read_text(), re.MULTILINE):
             importing.setdefault(str(path.relative_to(ROOT)), []).append(line)
-    for path in ("tests/kernels/test_cuda_runtime.py", "tests/availability.py"):
-        importing.pop(path, None)
+    for path in ("kernels/test_cuda_runtime.py", "kernels/test_cuda_nccl.py", "availability.py", "stub_library.py"):
+        importing.pop(f"tests/{path}", None)
     assert importing == {
         "kernels/cuda/runtime/runtime.py": ["import cupy"],
+        "kernels/cuda/runtime/nccl.py": ["from cupy.cuda import nccl"],
         "kernels/cuda/runtime/compile.py": ["from cupy.cuda import nvrtc"] * 2,
         "benchmarks/gpu_step_time.py": ["import cupy"] * 2,  # memory and versions
         "benchmarks/kernel_times.py": ["import cupy"],  # events
@@ -944,7 +920,7 @@ def test_with_a_driver_that_is_too_old(fake, capfd):
     def fail():
         raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
 
-    fake.module.cuda.runtime.getDevice = fail
+    fake.module.cuda.runtime.getDeviceCount = fail
     check_falls_back("the GPU: cudaErrorInsufficientDriver: CUDA driver version is insufficient", capfd)
 
 

@@ -4,6 +4,7 @@
 
 RANK_FAULT="1 4 KIND": rank 1 in its step 4, counted from 0, meets with "error", "memory", "bug" or "kill"; with "slow"
 every backward of that rank takes 0.4 s more.
+RANK_GPUS="2": the machine has so many emulated GPUs (tests/fake_nccl.py).
 """
 
 import importlib
@@ -30,6 +31,12 @@ FAULTS = {
 
 
 def main(argv: list[str]) -> int:
+    if "RANK_GPUS" in os.environ:
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        import fake_nccl
+
+        fake_nccl.current.ranks = open_ranks()
+        fake_nccl.install(setattr, int(os.environ["RANK_GPUS"]))
     trainer = importlib.import_module(argv[0].removesuffix(".py"))
     batches, learning_rate = [], trainer.learning_rate
 

@@ -29,7 +29,7 @@ def run_trainer(monkeypatch, emulator, folder, capfdbinary):
 
     def run(trainer, graph: str, capability=(7, 0), **options) -> tuple[tiny.Result, EmulatedRuntime]:
         runtime = EmulatedRuntime("fast", capability=capability)
-        monkeypatch.setattr(kernels, "open_device", lambda name, tf32, graph, rank: cuda.device(runtime, graph))
+        monkeypatch.setattr(kernels, "open_device", lambda name, tf32, graph, ranks: cuda.device(runtime, graph))
         return tiny.call(capfdbinary, trainer.main, *tiny.options(graph=graph, **options)), runtime
 
     return run

@@ -1,4 +1,4 @@
-"""Memory, launches and matrix products on an NVIDIA GPU: all that this project asks of CuPy.
+"""Memory, launches and matrix products on an NVIDIA GPU: all that this project asks of CuPy but NCCL (nccl.py).
 
     cupy.RawModule(code=, options=), and the call of a kernel (grid, block, args, shared_mem=)
     cupy.RawModule: get_function(name)
@@ -15,7 +15,8 @@
     cupy.cuda.Graph: launch()
     cupy.cuda.get_cublas_handle()
     cupy.cuda.cublas: sgemm, setMathMode, CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_DEFAULT_MATH
-    cupy.cuda.runtime: getDevice(), getDeviceProperties(device), memGetInfo(), deviceSynchronize()
+    cupy.cuda.runtime: getDeviceCount(), setDevice(device), getDeviceProperties(device)
+    cupy.cuda.runtime: memGetInfo(), deviceSynchronize()
 
 and what launchers and trainers, which never import it, do with its arrays (tests/cuda_emulator/memory.py has no more):
 
@@ -23,7 +24,7 @@ and what launchers and trainers, which never import it, do with its arrays (test
 
 Everything runs in order on CuPy's current stream, which is made one that can be captured; the default one cannot.
 cuBLAS is called by ctypes where its library is found: CuPy's own calls refuse to be captured. No arithmetic is CuPy's
-own, which would allocate its results and launch kernels that nobody here has read. Which GPU is used,
+own, which would allocate its results and launch kernels that nobody here has read. Which GPUs there are to choose from,
 CUDA_VISIBLE_DEVICES says.
 """
 
@@ -32,6 +33,7 @@ import ctypes
 import math
 import operator
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -43,7 +45,7 @@ from pathlib import Path
 import numpy as np
 
 from kernels.cuda.runtime import source
-from kernels.driver import NoDevice, check_driver
+from kernels.driver import NoDevice, Place, check_driver
 from llmc.errors import UserError, explain_os_error
 
 OPTIONS = ("--std=c++17",)  # CuPy adds the architecture, -ftz=true and --device-as-default-execution-space
@@ -89,15 +91,17 @@ class Readback:
 
 
 class Runtime:
-    """The first visible GPU. Its arrays are CuPy's, row-major.
+    """A GPU. Its arrays are CuPy's, row-major.
 
     name: the GPU's. capability: its compute capability, as (9, 0). tf32: whether products are computed in TF32, which
-    takes the wish for it and a GPU that has it.
+    takes the wish for it and a GPU that has it. place: which GPU it is. stream: the address of the CUDA stream on which
+    everything runs.
     """
 
-    def __init__(self, tf32: bool = False, folders: tuple[Path, ...] = (source.FOLDER,)):
-        """folders: where the .cu files are.
+    def __init__(self, tf32: bool = False, folders: tuple[Path, ...] = (source.FOLDER,), local_rank: int = 0):
+        """folders: where the .cu files are. local_rank: of several processes on this machine, which one this is.
 
+        The GPU is number local_rank of the visible ones, modulo their number: a launcher may show each process its own.
         Raises NoDevice unless a kernel and a product, tried for real, gave what they should.
         """
         check_driver()
@@ -109,20 +113,25 @@ class Runtime:
         self._constants = {}
         self.name = "the GPU"
         try:
-            self._open(tf32)
+            self._open(tf32, local_rank)
             self._probe()
         except Exception as error:  # any error means that the GPU cannot be used
             raise NoDevice(f"{self.name}: {one_line(error)}") from error
 
-    def _open(self, tf32: bool):
-        self._device = self._cupy.cuda.runtime.getDevice()
+    def _open(self, tf32: bool, local_rank: int):
+        visible = self._cupy.cuda.runtime.getDeviceCount()
+        self._device = local_rank % visible
+        self._cupy.cuda.runtime.setDevice(self._device)
         properties = self._cupy.cuda.runtime.getDeviceProperties(self._device)
         self.name = properties["name"].decode()
         self.capability = properties["major"], properties["minor"]
+        on_bus = (properties[f"pci{part}ID"] for part in ("Domain", "Bus", "Device"))
+        self.place = Place(platform.node(), "{:04x}:{:02x}:{:02x}".format(*on_bus), visible)
         self.tf32 = tf32 and self.capability >= AMPERE
         current = self._cupy.cuda.get_current_stream()
         self._stream = current if current.ptr else self._cupy.cuda.Stream(non_blocking=True)
         self._stream.use()
+        self.stream = self._stream.ptr
         self._cublas, cublas = self._cupy.cuda.get_cublas_handle(), self._cupy.cuda.cublas
         # the default mode never rounds float32 operands
         cublas.setMathMode(self._cublas, CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)

@@ -1,0 +1,204 @@
+"""kernels/cuda/runtime/nccl.py: against CuPy's own signatures, and on a fake CuPy that works when somebody waits."""
+
+import ast
+import inspect
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import fake_cupy
+import fake_nccl
+import numpy as np
+import pytest
+from availability import import_cupy
+from fake_nccl import Threads
+from stub_library import described
+from test_cuda_runtime import names_listed, scale
+
+from kernels.cuda.runtime import nccl
+from kernels.cuda.runtime import runtime as runtime_module
+from kernels.cuda.runtime.runtime import CudaError, Runtime
+from kernels.driver import NoDevice, Place
+
+MODULE = Path(nccl.__file__)
+F = np.float32
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CuPy's side
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> dict:
+    """{name: its value, or its docstring} of the real cupy.cuda.nccl."""
+    import_cupy()
+    return described("nccl", tmp_path_factory.mktemp("nccl"))
+
+
+def test_cupy_has_what_the_module_lists_and_the_module_uses_no_more(real):
+    listed = {name.removeprefix("cupy.cuda.nccl.") for name in names_listed(MODULE)} - {"cupy.cuda.nccl"}
+    listed |= {"NcclCommunicator"}
+    assert len(listed) == 9 and listed - {"available"} <= set(real)
+    used = set()
+    for node in ast.walk(ast.parse(MODULE.read_text())):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("nccl", "self._nccl"):
+            used |= {f"NcclCommunicator.{node.attr}" if ast.unparse(node.value) == "self._nccl" else node.attr}
+    assert used == listed
+    import cupy
+
+    assert re.search(r"^available = True$", Path(cupy.__file__).with_name("cuda").joinpath("nccl.py").read_text(), re.M)
+
+
+def test_the_stand_in_takes_what_cupy_takes(real):
+    """Names and order; values are those of nccl.h."""
+    ours = {name: value for name, value in vars(fake_nccl.NcclCommunicator).items() if name[0] != "_"}
+    for name, function in ours.items():
+        words = real[f"NcclCommunicator.{name}"].splitlines()[0].partition("(")[2].rstrip(")").split(", ")
+        assert [word.split()[-1] for word in words] == list(inspect.signature(function).parameters), name
+    first = real["NcclCommunicator"].splitlines()[0]
+    assert first.startswith("NcclCommunicator(int ndev, bytes commId, int rank, ") or "Initialize an NCCL" in first
+    assert list(inspect.signature(fake_nccl.NcclCommunicator).parameters) == ["ndev", "commId", "rank"]
+    assert (real["NCCL_FLOAT32"], real["NCCL_SUM"]) == (fake_nccl.NCCL_FLOAT32, fake_nccl.NCCL_SUM) == (7, 0)
+    assert "bytes object" in real["get_unique_id"] and type(fake_nccl.get_unique_id()) is bytes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# without NCCL
+
+
+def test_a_cupy_without_nccl_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace())
+    with pytest.raises(NoDevice, match="CuPy has no NCCL: cannot import name 'nccl'") as error:
+        nccl.import_nccl()
+    assert error.value.hint.startswith("pip install nvidia-nccl-cu12")
+    monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(nccl=SimpleNamespace(available=False)))
+    with pytest.raises(NoDevice, match=r"^CuPy finds no NCCL$"):
+        nccl.import_nccl()
+
+
+def test_a_cupy_that_finds_no_nccl_says_why(monkeypatch):
+    """In a warning, which is not shown."""
+
+    class Cuda:
+        @property
+        def nccl(self):
+            warnings.warn("\nnccl library could not be loaded.\n\nReason: ImportError (libnccl.so.2)\n\n", stacklevel=1)
+            return SimpleNamespace(available=False)
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy.cuda", Cuda())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(NoDevice, match=r"^CuPy finds no NCCL: ImportError \(libnccl.so.2\)$"):
+            nccl.import_nccl()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# on a fake CuPy
+
+
+SCALE = """extern "C" __global__ void __launch_bounds__(128)
+scale_kernel(float* __restrict__ out, const float* __restrict__ inp, float by, size_t first, int N) {}
+"""
+
+
+@pytest.fixture
+def open_gpu(monkeypatch, tmp_path):
+    """open_gpu(local_rank) -> (a fake CuPy with two GPUs, the Runtime of that rank on it)"""
+    (tmp_path / "scale.cu").write_text(SCALE)
+    monkeypatch.setattr(runtime_module, "check_driver", lambda: None)
+    monkeypatch.setattr(runtime_module, "loaded_cublas", lambda: None)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "cache"))
+    runtime_module.open_cache.cache_clear()
+
+    def open_one(local_rank):
+        cupy = fake_cupy.FakeCupy(kernels={"scale_kernel": scale}, gpus=2)
+        monkeypatch.setitem(sys.modules, "cupy", cupy.module)
+        return cupy, Runtime(folders=(tmp_path,), local_rank=local_rank)
+
+    yield open_one
+    runtime_module.open_cache.cache_clear()
+
+
+@pytest.mark.parametrize("local_rank, device", [(0, 0), (1, 1), (2, 0), (5, 1)])
+def test_a_rank_has_the_gpu_of_its_number(local_rank, device, open_gpu):
+    cupy, gpu = open_gpu(local_rank)
+    assert cupy.device == device and gpu.is_array(gpu.zeros(2)) and gpu.stream == 1000
+    assert (gpu.place.bus, gpu.place.visible) == (f"0000:{0x3B + device:02x}:00", 2) and gpu.place.machine
+    cupy.device = 1 - device
+    assert not gpu.is_array(gpu.zeros(2))
+
+
+@pytest.fixture
+def pair(open_gpu, monkeypatch):
+    """[(fake CuPy, Runtime on it)] of two ranks, which meet by the stand-in for NCCL."""
+    monkeypatch.setattr(nccl, "import_nccl", lambda: fake_nccl)
+    monkeypatch.setattr(nccl.atexit, "register", lambda abort: None)
+    return [open_gpu(rank) for rank in range(2)]
+
+
+def connect(pair, ranks) -> tuple:
+    """(fake CuPy, its Runtime, the Communicator) of a rank."""
+    cupy, gpu = pair[ranks.rank]
+    fake_nccl.current.gpu = SimpleNamespace(
+        stream=1000, place=gpu.place, holds=lambda address, nbytes: True, enqueue=cupy.enqueue
+    )
+    return cupy, gpu, nccl.Communicator(gpu, ranks)
+
+
+def test_a_sum_is_enqueued_and_the_host_waits_for_nothing(pair, monkeypatch):
+    """Behind what was launched before, in front of what is launched behind; the last bucket is shorter."""
+    monkeypatch.setattr(nccl, "BUCKET", 4)
+
+    def work(ranks):
+        cupy, gpu, communicator = connect(pair, ranks)
+        array, counts = gpu.to_device(np.full(6, 10.0 * ranks.rank, F)), gpu.zeros(6)
+        cupy.waits.clear()
+        gpu.launch("scale_kernel", 1, 8, (array, array, 2.0, 0, 6))
+        communicator.add_up(array, ranks)
+        gpu.launch("scale_kernel", 1, 8, (counts, array, 0.5, 0, 6))
+        told = cupy.waits == [] and array.values.tolist() == [10.0 * ranks.rank] * 6
+        return told, gpu.to_host(array).tolist(), gpu.to_host(counts).tolist(), fake_nccl.current.communicator.calls
+
+    for told, array, halves, calls in Threads(2).run(work):
+        assert told and array == [20.0] * 6 and halves == [10.0] * 6
+        assert calls == [(3, 1000), (4, 1000), (2, 1000)]
+
+
+def test_what_cannot_be_added_up_is_refused(pair):
+    def work(ranks):
+        _, gpu, communicator = connect(pair, ranks)
+        messages = []
+        for array in (np.zeros(3, F), gpu.zeros(3, np.int32), [1.0]):
+            with pytest.raises(TypeError, match="expected contiguous float32 on Fake GPU") as error:
+                communicator.add_up(array, ranks)
+            messages.append(str(error.value))
+        return messages
+
+    assert [messages[1] for messages in Threads(2).run(work)] == [
+        "add_up: int32(3,), expected contiguous float32 on Fake GPU"
+    ] * 2
+
+
+def test_an_error_of_a_sum_says_which(pair, monkeypatch):
+    def work(ranks):
+        _, gpu, communicator = connect(pair, ranks)
+        communicator._nccl.abort()
+        fail = fake_nccl.NcclError("NCCL_ERROR_REMOTE_ERROR: remote process exited")
+        communicator._nccl.allReduce = lambda *_: (_ for _ in ()).throw(fail)
+        communicator.add_up(gpu.zeros((2, 2)), ranks)
+
+    for error in Threads(2).run(work):
+        assert isinstance(error, CudaError)
+        assert error.message == "NCCL, adding up float32(2, 2): NCCL_ERROR_REMOTE_ERROR: remote process exited"
+
+
+def test_nccl_refuses_two_ranks_on_one_gpu(pair):
+    """What why_none finds before; here its error is told, by all."""
+    for _, gpu in pair:
+        gpu.place = Place("here", "0000:3b:00", 1)
+    for error in Threads(2).run(lambda ranks: connect(pair, ranks)):
+        assert isinstance(error, CudaError)
+        assert error.message.startswith("NCCL, connecting the GPUs of 2 processes: NCCL_ERROR_INVALID_USAGE")
