@@ -124,13 +124,15 @@ _opened = ALONE
 
 
 def open_ranks() -> Ranks:
-    """The processes that mpiexec, srun or a launcher with WORLD_SIZE started; ALONE without one.
+    """The processes that mpiexec, srun or a launcher with WORLD_SIZE started; this one alone without.
 
     From then on only rank 0 prints. Raises UserError if they cannot find each other.
     """
     global _opened
     count = launched()
-    if count == 1 or _opened.size > 1:
+    if count == 1:
+        return Ranks()
+    if _opened.size > 1:
         return _opened
     try:
         from mpi4py import MPI
