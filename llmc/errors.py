@@ -37,6 +37,10 @@ def tell(error: UserError) -> None:
         print(f"---> HINT: {error.hint}", file=sys.stderr)
 
 
+def end_others(code: int, lines: list[str]) -> None:
+    """What an error, told in `lines`, does to other processes; llmc/ranks.py puts its own in this one's place."""
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and exit: 0 or its return value, 1 (or the error's code) after a UserError, 130 after Ctrl-C.
 
@@ -47,8 +51,6 @@ def run(main: Callable[[], int | None]) -> None:
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.stderr.reconfigure(errors="backslashreplace")
-    from llmc import ranks
-
     lines = []
     try:
         startup.end()  # in here Ctrl-C is told below
@@ -77,5 +79,5 @@ def run(main: Callable[[], int | None]) -> None:
         print(*lines, sep="\n", file=sys.stderr)
         code = 1
     if lines:
-        ranks.end_all(code, lines)
+        end_others(code, lines)
     sys.exit(code)

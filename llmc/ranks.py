@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from llmc import errors
 from llmc.errors import UserError
 
 # what a launcher tells each process: how many there are, in all and on this machine
@@ -147,6 +148,7 @@ def open_ranks() -> Ranks:
     local = [int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdigit()]
     here = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank() if not local else local[0]
     _opened = Ranks(comm, here)
+    errors.end_others = end_all
     if _opened.rank:
         be_silent(_opened)
     return _opened
@@ -164,10 +166,8 @@ def end_all(code: int, lines: Iterable[str] = ()) -> None:
     """End the processes of all ranks with exit status `code`: they would wait for this one for ever.
 
     lines: an error that a silent rank tells in its own name, unless rank 0 does so in the next second, as it does with
-    one that all have. Returns in a process alone.
+    one that all have.
     """
-    if _opened.size == 1:
-        return
     if _opened.rank:
         time.sleep(PATIENCE)
         for line in lines:
