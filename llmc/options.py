@@ -139,6 +139,10 @@ def parse_options(
     if state and state.zero != args.zero:
         hint = f"--zero {state.zero}, or start anew from its weights: -e {args.resume} in place of --resume"
         raise UserError(f"--zero {int(args.zero)}: {args.resume} was saved with --zero {state.zero}", hint, 2)
+    if {"grad_accum", "total_batch"} <= typed:
+        raise UserError("--grad-accum given together with --total-batch", "--total-batch gives the other, or 0", 2)
+    if "grad_accum" in typed:
+        args.total_batch = 0  # of the run that goes on
     if args.total_batch:
         args.grad_accum = micro_steps(args, ranks.size)
     if ranks.rank == 0:
