@@ -247,12 +247,16 @@ def test_the_total_batch_gives_the_micro_steps(folder):
 def test_a_total_batch_that_does_not_divide_is_refused(folder):
     result = tiny.run_script("train_banded.py", [*tiny.options(), "--total-batch", "40"], folder)
     check_refused(result, "--total-batch 40: B*T is 16 in 1 processes", code=2)
-    result = tiny.run_script("train_banded.py", [*tiny.options(), *"--total-batch 32 --grad-accum 2".split()], folder)
+    result = tiny.run_script(
+        "train_banded.py", [*tiny.options(), *["--total-batch", "32", "--grad-accum", "2"]], folder
+    )
     check_refused(result, "--grad-accum given together with --total-batch", code=2)
     for flags, batches in (("--total-batch 32 -n 1 -c c.bin", 2), ("--resume c.bin -n 2", 2)):
         tiny.run_script("train_banded.py", [*tiny.options(), *flags.split()], folder)
         assert load_checkpoint("c.bin")[1].options["grad_accum"] == batches
-    tiny.run_script("train_banded.py", [*tiny.options(), *"--resume c.bin --grad-accum 3 -n 3".split()], folder)
+    tiny.run_script(
+        "train_banded.py", [*tiny.options(), *["--resume", "c.bin", "--grad-accum", "3", "-n", "3"]], folder
+    )
     assert load_checkpoint("c.bin")[1].options["grad_accum"] == 3
 
 
