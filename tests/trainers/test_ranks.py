@@ -35,14 +35,20 @@ except ImportError:
     MISSING = "no mpi4py here: pip install -r requirements-mpi.txt"
 needs_mpi = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
+
+def slow(*arguments):
+    """A case for `make test_slow`: each start of MPI takes a second."""
+    return pytest.param(*arguments, marks=pytest.mark.slow)
+
+
 SMALL = "--indexer-heads 2 --indexer-dim 4"
 RUNS = [
     ("train_banded.py", "-w 16 --grad-clip 1"),
-    ("train_banded.py", "-1 8 -2 24 --weight-decay 0.1"),
+    slow("train_banded.py", "-1 8 -2 24 --weight-decay 0.1"),
     ("train_sparse_attn.py", f"{SMALL} --top-k 3 --indexer-warmup 4"),
-    ("train_sparse_attn.py", f"{SMALL} --top-k 6 --adaptive prefix --indexer-warmup 4 --answers-after 97:122"),
+    slow("train_sparse_attn.py", f"{SMALL} --top-k 6 --adaptive prefix --indexer-warmup 4 --answers-after 97:122"),
     ("train_toroidal.py", "--layers 0 --learn-lambda 1"),
-    ("train_toroidal.py", "--layers 0,1 --train all --fusion attention"),
+    slow("train_toroidal.py", "--layers 0,1 --train all --fusion attention"),
 ]
 
 
@@ -117,7 +123,7 @@ def test_experts_of_two_ranks_learn_like_two_micro_steps(folder):
 
 
 @needs_mpi
-@pytest.mark.parametrize("trainer, flags", [RUNS[0], RUNS[2], RUNS[4]])
+@pytest.mark.parametrize("trainer, flags", [RUNS[0], RUNS[2], slow(*RUNS[4])])
 def test_resumed_ranks_equal_ranks_never_stopped(trainer, flags, folder):
     """Shuffled: each rank has an order of its own, in a state of its own."""
     flags = f"{flags} -v 3 -s 4 -sl 3 -sg 3"
@@ -182,8 +188,8 @@ def test_questions_are_shared_out(folder):
     "count, trainer, flags",
     [
         (2, "train_banded.py", "-w 16 --mask-init 0 --grad-clip 0.5 -sg 3"),
-        (3, "train_banded.py", "-1 8 -2 24 --weight-decay 0.1 --decay-all 0"),
-        (2, "train_sparse_attn.py", f"{SMALL} --top-k 3 --indexer-warmup 3 --grad-clip 0.5 --weight-decay 0.1"),
+        slow(3, "train_banded.py", "-1 8 -2 24 --weight-decay 0.1 --decay-all 0"),
+        slow(2, "train_sparse_attn.py", f"{SMALL} --top-k 3 --indexer-warmup 3 --grad-clip 0.5 --weight-decay 0.1"),
         (3, "train_toroidal.py", "--layers 0,1 --train all --learn-lambda 1"),
     ],
 )
@@ -265,9 +271,12 @@ def test_a_total_batch_that_does_not_divide_is_refused(folder):
 
 
 @needs_mpi
-@pytest.mark.parametrize("kind", ["error", "memory", "bug", "kill"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_ends_the_job_with_a_whole_checkpoint(kind, rank, folder):
+@pytest.mark.parametrize(
+    "rank, kind",
+    [(0, "kill"), (1, "kill"), (1, "error"), (0, "bug")]
+    + [slow(rank, kind) for rank, kind in ((0, "error"), (1, "bug"), (0, "memory"), (1, "memory"))],
+)
+def test_a_rank_that_dies_ends_the_job_with_a_whole_checkpoint(rank, kind, folder):
     began = time.monotonic()
     result = run(2, "train_banded.py", "-n 1000000 -v 0 -s 0 -k 3 -c c.bin", folder, fault=f"{rank} 7 {kind}")
     assert time.monotonic() - began < 30

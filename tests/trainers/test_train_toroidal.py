@@ -491,7 +491,7 @@ def test_patience_counts_validations_across_a_resumed_run(train, monkeypatch, up
     """val: the losses of the validations after 0, 2 .. 18 steps; one that a pause makes in between does not count."""
     assert stops_after(val, patience) == stop
 
-    def evaluate(model, loader, batches):
+    def evaluate(model, loader, batches, ranks):
         step = updates[-1] + 1 if updates else 0
         return val[step // 2] if step % 2 == 0 else 0.001  # better than any, but no run without a pause sees it
 
