@@ -32,9 +32,12 @@ def explain_os_error(error: OSError, path: str | os.PathLike, doing: str) -> Use
 
 def tell(error: UserError) -> None:
     """Print `error: ...` and `---> HINT: ...` on stderr."""
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"---> HINT: {error.hint}", file=sys.stderr)
+    print(*told(error), sep="\n", file=sys.stderr)
+
+
+def told(error: UserError) -> list[str]:
+    """The lines that tell of it."""
+    return [f"error: {error.message}"] + ([f"---> HINT: {error.hint}"] if error.hint else [])
 
 
 def end_others(code: int, lines: list[str]) -> None:
@@ -59,7 +62,7 @@ def run(main: Callable[[], int | None]) -> None:
     except UserError as error:
         sys.stdout.flush()
         tell(error)
-        code, lines = error.exit_code, [f"error: {error.message}", f"---> HINT: {error.hint}"]
+        code, lines = error.exit_code, told(error)
     except BrokenPipeError:  # `... | head`: nobody reads on; keep Python's shutdown from flushing into the pipe again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
