@@ -25,7 +25,17 @@ from kernels.cpu.gpt2.adamw import RATES, adamw_rates
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, in_part, num_values, split, tell_allocated
+from llmc.buffers import (
+    all_but,
+    allocate,
+    first_of,
+    flat_buffer,
+    in_part,
+    matrices_of,
+    num_values,
+    split,
+    tell_allocated,
+)
 from llmc.checkpoint import MATRICES, GPT2Config, Model, named_views, tensor_shapes
 from llmc.cli import ArgumentParser, flag01, natural
 from llmc.interrupt import Interrupt
@@ -157,18 +167,21 @@ class GPT2:
         With kernel "mask" nothing is skipped: products stay dense, every gradient and every update is masked. So it is
         with FC1 if its band lies in another order than the hidden units, which leaves no diagonal to multiply.
         """
-        self.mask(self.params)
+        self.mask(self.params.fcw, self.params.fcprojw)
         skips = (0 if self.band.permute else self.band.fc1, self.band.fc2) if self.kernel == "band" else (0, 0)
         if skips != (self.skip_fc1, self.skip_fc2):
             self.skip_fc1, self.skip_fc2 = skips
             self.replay = Replay(self.ops)  # anew: a graph holds the products that it was made of
 
-    def mask(self, tensors: SimpleNamespace):
-        """Zero what lies outside the bands, of weights or their gradients, where products have not skipped it."""
+    def mask(self, fcw, fcprojw):
+        """Zero what lies outside the bands, of weights or their gradients, where products have not skipped it.
+
+        fcw (n,4C,C), fcprojw (n,C,4C): of some layers.
+        """
         if self.band.fc1 != self.skip_fc1:
-            self.ops.band_mask(tensors.fcw, self.band.fc1, self.place)
+            self.ops.band_mask(fcw, self.band.fc1, self.place)
         if self.band.fc2 != self.skip_fc2:
-            self.ops.band_mask(tensors.fcprojw, self.band.fc2)
+            self.ops.band_mask(fcprojw, self.band.fc2)
 
     def forward(self, inputs: np.ndarray, targets: np.ndarray | None = None, grad_accum: int = 1) -> None:
         """inputs, targets (B,T) int32 -> logits; with targets, losses, which mean_loss fetches.
@@ -233,13 +246,16 @@ class GPT2:
         tell_allocated(4 * num_values(shapes), "activation gradients")
         self.dacts = allocate(self.ops, shapes)
 
-    def backward(self, first: bool = True) -> None:
-        """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add."""
+    def backward(self, first: bool = True, last: bool = True) -> None:
+        """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add.
+
+        In the `last` one those of a layer may begin to add up over ranks as soon as they are there.
+        """
         if self.grads_flat is None:
             self.allocate_gradients()
-        self.replay(self.launch_backward, first)
+        self.replay(self.launch_backward, first, last and self.ranks.overlaps)
 
-    def launch_backward(self, first: bool) -> None:
+    def launch_backward(self, first: bool, begins: bool) -> None:
         """What backward does on the device."""
         ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         g, d, beta = self.grads, self.dacts, 0 if first else 1
@@ -267,8 +283,10 @@ class GPT2:
             ops.attention_backward(d.qkv, d.btc, a.qkv, a.atty, a.lse, NH)
             ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, p.qkvw[l], beta)
             ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
+            self.mask(g.fcw[l : l + 1], g.fcprojw[l : l + 1])
+            if begins:
+                ops.all_reduce_begin(self.grads_flat, matrices_of(l, g, self.config), self.ranks)
         ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
-        self.mask(g)
 
     def update(self, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decay_all=True, grad_clip=0.0):
         """AdamW update number t = 1, 2, ...; returns the gradient norm if grad_clip > 0, else None."""
@@ -427,7 +445,7 @@ def main(argv: list[str] | None = None) -> int:
             loss = 0.0
             for micro_step in range(grad_accum):
                 batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
-                batch.backward(first=micro_step == 0)
+                batch.backward(first=micro_step == 0, last=micro_step == grad_accum - 1)
                 loss += batch.mean_loss() / grad_accum
             loop.wait_for_all(args, device, run, started)
             device.all_reduce(model.grads_flat, ranks)

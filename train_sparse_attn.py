@@ -36,6 +36,7 @@ from llmc.buffers import (
     first_of,
     flat_buffer,
     in_part,
+    matrices_of,
     num_values,
     query_blocks,
     split,
@@ -387,19 +388,23 @@ class GPT2:
         """The indexer's loss, a mean over layers and queries, of the last backward that trained it."""
         return sum(float(kl().mean()) for kl in self.divergences) / self.config.L
 
-    def backward(self, first=True, model=True, indexer=False, dense: bool = False, grad_accum: int = 1) -> None:
+    def backward(self, first=True, model=True, indexer=False, dense=False, grad_accum: int = 1, last=True) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add.
 
+        In the `last` one the model's own of a layer may begin to add up over ranks as soon as they are there.
         model: those of the language-model loss, at the model's own parameters; indexer: those of the indexer's KL.
         dense, grad_accum: as in that forward.
         """
         if self.grads_flat is None:
             self.allocate_gradients()
-        self.replay(self.launch_backward, first, model, indexer, dense or self.always_dense, grad_accum)
+        begins = last and self.ranks.overlaps
+        self.replay(self.launch_backward, first, model, indexer, dense or self.always_dense, grad_accum, begins)
         if indexer:
             self.divergences = [self.ops.to_host_later(a.kl) for a in self.layers]
 
-    def launch_backward(self, first: bool, model: bool, indexer: bool, dense: bool, grad_accum: int) -> None:
+    def launch_backward(
+        self, first: bool, model: bool, indexer: bool, dense: bool, grad_accum: int, begins: bool
+    ) -> None:
         """What backward does on the device."""
         ops, p, L, N = self.ops, self.params, self.config.L, self.B * self.T
         acts, g, d, beta = self.acts, self.grads, self.dacts, 0 if first else 1
@@ -423,6 +428,8 @@ class GPT2:
                 self.indexer.backward(l, self.layers[l], d, g, beta)
             if model:
                 self.layer_backward(l, beta, dense, self.balance / grad_accum)
+                if begins:
+                    ops.all_reduce_begin(self.grads_flat, matrices_of(l, g, self.config), self.ranks)
         if model:
             ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
 
@@ -658,7 +665,8 @@ def main(argv: list[str] | None = None) -> int:
             loss = 0.0
             for micro_step in range(grad_accum):
                 batch.forward(*run.train_loader.next_batch(), batches, dense=warming_up, draw=step + 1)
-                batch.backward(micro_step == 0, not warming_up, learns, dense=warming_up, grad_accum=batches)
+                phase = dict(dense=warming_up, grad_accum=batches, last=micro_step == grad_accum - 1)
+                batch.backward(micro_step == 0, not warming_up, learns, **phase)
                 loss += batch.mean_loss() / grad_accum
                 if learns:
                     loop.check_finite("indexer's", batch.mean("mean_kl"), step + 1, args)

@@ -36,7 +36,7 @@ from kernels.cpu.torus.torus_rope import torus_frequencies
 from kernels.graph import Replay
 from kernels.shares import Shares, share_rows
 from llmc import errors, loop, options, table
-from llmc.buffers import all_but, allocate, first_of, flat_buffer, in_part, num_values, tell_allocated
+from llmc.buffers import all_but, allocate, first_of, flat_buffer, in_part, matrices_of, num_values, tell_allocated
 from llmc.checkpoint import DENSE, MATRICES, TOROIDAL, GPT2Config, Model, named_views, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, natural, positive_int, refuse
 from llmc.interrupt import Interrupt
@@ -296,16 +296,17 @@ class GPT2:
         norms = {"ln1w": [d.normw] * L, "ln1b": [d.normb] * L, "ln2w": [d.normw] * L, "ln2b": [d.normb] * L}
         self.dparams = SimpleNamespace(wte=None, **attention, **mlp, **norms, lnfw=d.normw, lnfb=d.normb)
 
-    def backward(self, first: bool = True) -> None:
+    def backward(self, first: bool = True, last: bool = True) -> None:
         """Gradients of the last forward's loss; the `first` micro-step of an update starts them, later ones add.
 
+        In the `last` one those of a layer may begin to add up over ranks as soon as they are there, where all learns.
         Nothing is computed below the lowest layer that learns.
         """
         if self.grads_flat is None:
             self.allocate_gradients()
-        self.replay(self.launch_backward, first)
+        self.replay(self.launch_backward, first, last and self.ranks.overlaps and self.learns is None)
 
-    def launch_backward(self, first: bool) -> None:
+    def launch_backward(self, first: bool, begins: bool) -> None:
         """What backward does on the device."""
         ops, p, acts, L, NH = self.ops, self.params, self.acts, self.config.L, self.config.NH
         g, d, beta = self.dparams, self.dacts, 0 if first else 1
@@ -338,6 +339,8 @@ class GPT2:
                 return
             ops.matmul_backward(d.btc, g.qkvw[l], g.qkvb[l], dqkv, a.ln1, p.qkvw[l], beta)
             ops.layernorm_backward(d.residual, g.ln1w[l], g.ln1b[l], d.btc, residual, p.ln1w[l], a.ln1_mean, a.ln1_rstd)
+            if begins:
+                ops.all_reduce_begin(self.grads_flat, matrices_of(l, g, self.config), self.ranks)
         if self.learns is None:
             ops.encoder_backward(g.wte, g.wpe, d.residual, self.inputs)
 
@@ -555,7 +558,7 @@ def main(argv: list[str] | None = None) -> int:
             loss = 0.0
             for micro_step in range(grad_accum):
                 batch.forward(*run.train_loader.next_batch(), grad_accum * ranks.size)
-                batch.backward(first=micro_step == 0)
+                batch.backward(first=micro_step == 0, last=micro_step == grad_accum - 1)
                 loss += batch.mean_loss() / grad_accum
             loop.wait_for_all(args, device, run, started)
             device.all_reduce(model.grads_flat, ranks)

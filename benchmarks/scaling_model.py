@@ -1,12 +1,16 @@
 """What data parallelism should cost, by counting: how long gradients take between GPUs, and where more of them end.
 
     python benchmarks/scaling_model.py                                   # H100s, eight to a node; into doc/scaling.md
-    python benchmarks/scaling_model.py --network 5.9 --bucket 256        # one 400 Gb/s card a node, larger reductions
+    python benchmarks/scaling_model.py --network 5.9 --bucket 256        # one 400 Gb/s card a node, larger calls
 
-Nothing here was measured on several GPUs. A sum of S bytes over R ranks, G of them to a node, M = R / G nodes, in
-buckets of b bytes (llmc/ranks.py), takes
+Nothing here was measured on several GPUs. A sum of S bytes over R ranks, G of them to a node, M = R / G nodes, in n
+calls of NCCL, takes
 
-    2 (R - 1) / R * S / bandwidth + ceil(S / b) (base + 2 (G - 1) hop + 2 log2(M) net_hop)
+    2 (R - 1) / R * S / bandwidth + n (base + 2 (G - 1) hop + 2 log2(M) net_hop)
+
+A call has up to 64 MiB (kernels/cuda/runtime/nccl.py). With overlap a layer's matrices are a call each, beside the
+layers below; what is left, the embeddings and all vectors, is one behind backward. NCCL may make less of the calls of a
+group than their sum.
 
 The first part is a ring's: all but its own Rth of every byte passes a rank twice. bandwidth is a GPU's link in one
 node, else the smaller one of that and the node's network cards together. The second is a chain in the node and a tree
@@ -33,12 +37,12 @@ from math import ceil, log2, prod
 from pathlib import Path
 from textwrap import fill
 
-from llmc.checkpoint import GPT2Config, num_parameters, tensor_shapes
+from kernels.cuda.runtime.nccl import BUCKET
+from llmc.checkpoint import MATRICES, OUTSIDE, GPT2Config, num_parameters, tensor_shapes
 from llmc.cli import ArgumentParser, positive_float, positive_int
 from llmc.errors import run
 from llmc.files import atomic_write
 from llmc.mfu import flops_per_token
-from llmc.ranks import BUCKET
 
 PAGE = Path(__file__).resolve().parent.parent / "doc" / "scaling.md"
 BEGIN, END = "<!-- table: benchmarks/scaling_model.py -->\n", "<!-- end of the table -->\n"
@@ -64,20 +68,31 @@ def size(config: GPT2Config) -> int:
     return 4 * num_parameters(config)
 
 
+def matrices(config: GPT2Config) -> list[int]:
+    """Bytes of each matrix of the layers, whose sums begin while backward goes on."""
+    shapes = [shape for name, shape in tensor_shapes(config).items() if name in MATRICES and name not in OUTSIDE]
+    return [4 * prod(shape) // config.L for shape in shapes] * config.L
+
+
 def last_part(config: GPT2Config) -> int:
-    """Bytes of the gradients that backward ends with: wte's, which embeds and classifies, and wpe's."""
-    return 4 * sum(prod(tensor_shapes(config)[name]) for name in ("wte", "wpe"))
+    """Bytes of the gradients whose sum begins behind backward: wte's, which embeds and classifies, wpe's, vectors'."""
+    return size(config) - sum(matrices(config))
 
 
-def all_reduce(S: int, R: int, rates: Namespace) -> float:
-    """Seconds of a sum of S bytes over R ranks; the formula is the module's."""
+def all_reduce(S: int, R: int, rates: Namespace, calls: int = 0) -> float:
+    """Seconds of a sum of S bytes over R ranks, in whole buckets or in so many calls; the formula is the module's."""
     if R == 1:
         return 0.0
     G = min(R, rates.node)
     M = R / G
     bandwidth = 1e9 * (rates.nvlink if M == 1 else min(rates.nvlink, G * rates.network))
     latency = 1e-6 * (rates.base + 2 * (G - 1) * rates.hop + 2 * log2(M) * rates.net_hop)
-    return 2 * (R - 1) / R * S / bandwidth + ceil(S / (rates.bucket * 2**20)) * latency
+    return 2 * (R - 1) / R * S / bandwidth + (calls or buckets(S, rates)) * latency
+
+
+def buckets(S: int, rates: Namespace) -> int:
+    """How many calls sum S bytes."""
+    return ceil(S / (rates.bucket * 2**20))
 
 
 def compute(config: GPT2Config, B: int, rates: Namespace) -> float:
@@ -89,15 +104,16 @@ def compute(config: GPT2Config, B: int, rates: Namespace) -> float:
 def waiting(config: GPT2Config, B: int, R: int, rates: Namespace, overlap: bool, zero: int = 0) -> float:
     """Seconds of a step in which a rank does nothing but reduce.
 
-    overlap: sums start as soon as backward has a bucket; what is then left is all beyond backward's time, and no less
-    than the last part's. zero: with 1 it is a sum of which each rank has a part, half the bytes, and behind the update
-    the new weights go to all, the other half, beside which there is nothing to do.
+    overlap: those of a layer start as soon as backward has them; left are those beyond backward's time, and the last
+    part's. zero: with 1 it is a sum of which each rank has a part, half the bytes, and behind the update the new
+    weights go to all, the other half, beside which there is nothing to do.
     """
     whole, last = (all_reduce(S, R, rates) for S in (size(config), last_part(config)))
     if not overlap:
         return whole
-    hidden = BACKWARD * compute(config, B, rates)
-    return max(whole - hidden, last) if zero == 0 else max(whole / 2 - hidden, last / 2) + whole / 2
+    hidden, of_layers = BACKWARD * compute(config, B, rates), matrices(config)
+    beside = all_reduce(sum(of_layers), R, rates, sum(buckets(S, rates) for S in of_layers))
+    return max(beside - hidden, 0) + last if zero == 0 else max(beside / 2 - hidden, 0) + last / 2 + whole / 2
 
 
 def efficiency(config: GPT2Config, B: int, R: int, rates: Namespace, overlap: bool = False, zero: int = 0) -> float:
@@ -192,7 +208,7 @@ def other_links(rates: Namespace) -> dict[str, Namespace]:
         "as above": rates,
         "PCIe gen 5 in place of NVLink": Namespace(**vars(rates) | {"nvlink": 64.0}),
         "one card of 400 Gb/s a node": Namespace(**vars(rates) | {"network": rates.network / rates.node}),
-        "buckets of 256 MiB": Namespace(**vars(rates) | {"bucket": 256.0}),
+        "16 MiB a call": Namespace(**vars(rates) | {"bucket": 16.0}),
     }
 
 
@@ -214,14 +230,15 @@ def text(rates: Namespace) -> str:
     share = last_part(MODELS["124M"]) / size(MODELS["124M"])
     gigabytes = " and ".join(f"{size(config) / 1e9:.2f}" for config in MODELS.values())
     how = (
-        f"**Efficiency**: tokens a second of R GPUs over R times those of one, T = {T}, without overlap (what there "
-        "is) and, behind the comma, with it. +: the batch is larger than llm.c's for that model, ++: than "
-        f"{short(MOST)} tokens. All-reduce is of float32 gradients, {gigabytes} GB, in buckets of {rates.bucket:g} "
-        f"MiB. A node has {rates.node} GPUs; a GPU sends {rates.nvlink:g} GB/s to its neighbours and "
-        f"{rates.network:g} through a network card of its own; a bucket waits {rates.base:g} us, and {rates.hop:g} a "
+        f"**Efficiency**: tokens a second of R GPUs over R times those of one, T = {T}, without overlap "
+        "(`--ranks-timing 1`) and, behind the comma, with it. +: the batch is larger than llm.c's for that model, "
+        f"++: than {short(MOST)} tokens. All-reduce is of float32 gradients, {gigabytes} GB, {rates.bucket:g} MiB a "
+        f"call at most. A node has {rates.node} GPUs; a GPU sends {rates.nvlink:g} GB/s to its neighbours and "
+        f"{rates.network:g} through a network card of its own; a call waits {rates.base:g} us, and {rates.hop:g} a "
         f"hop in the node, {rates.net_hop:g} between nodes. One H100's step of 124M at B = 4 is {rates.step:g} ms; "
-        f"other steps grow with their FLOP. Overlap cannot hide the embedding's gradients, {100 * share:.0f} % of "
-        "124M's, as backward ends with them. zero 1 is with overlap, but for the new weights, which follow the update."
+        f"other steps grow with their FLOP. Overlap hides a layer's matrices, a call each, and not the embedding's "
+        f"gradients, {100 * share:.0f} % of 124M's, as backward ends with them. zero 1 is with overlap, but for the "
+        "new weights, which follow the update."
     )
     end = (
         f"**Where it ends**: at the last power of two that keeps an efficiency of {ENOUGH} (time), or where the batch "
@@ -266,7 +283,7 @@ def arguments() -> ArgumentParser:
     add("--base", type=positive_float, default=8.4, help="microseconds of a reduction of nothing")
     add("--hop", type=positive_float, default=3.4, help="microseconds from GPU to GPU in a node")
     add("--net-hop", type=positive_float, default=9.6, help="microseconds from node to node")
-    add("--bucket", type=positive_float, default=4 * BUCKET / 2**20, help="MiB of one reduction")
+    add("--bucket", type=positive_float, default=4 * BUCKET / 2**20, help="MiB of one call")
     add("--step", type=positive_float, default=32.2, help="milliseconds a step of 124M, B=4 T=1024, takes on one GPU")
     return parser
 

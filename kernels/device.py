@@ -60,6 +60,11 @@ class Device(Protocol):
         """array (n) float32 becomes its sum over all processes of `ranks`, which open_device was given; with ZeRO
         this process's part of it does."""
 
+    def all_reduce_begin(self, array: Array, views: list[Array], ranks) -> None:
+        """all_reduce of `views` of the array, which may go on beside all that follows, until all_reduce of the array.
+
+        Until then nobody touches them. A graph that is captured begins it anew whenever it is launched."""
+
     def all_gather(self, array: Array, ranks) -> None:
         """With ZeRO each process of `ranks` has a part of array (n) float32: now all have all. Else nothing."""
 

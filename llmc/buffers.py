@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from llmc.checkpoint import named_views
+from llmc.checkpoint import MATRICES, OUTSIDE, GPT2Config, named_views, tensor_shapes
 
 
 def num_values(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -30,6 +30,11 @@ def all_but(names: tuple[str, ...], flat, shapes: dict[str, tuple[int, ...]]) ->
         if not left_out:
             views.append(flat[begin:end])
     return views
+
+
+def matrices_of(l: int, views: SimpleNamespace, config: GPT2Config) -> list:
+    """Layer l's matrices, nearly all that it has, of the views of a flat_buffer: one stretch of memory each."""
+    return [vars(views)[name][l] for name in tensor_shapes(config) if name in MATRICES and name not in OUTSIDE]
 
 
 def allocate(device, shapes: dict[str, tuple[int, ...]], ints: tuple[str, ...] = ()) -> SimpleNamespace:

@@ -46,6 +46,7 @@ HINT = "make model writes a random one, python data/starter_pack.py fetches Open
 # those with two dimensions in a layer or an expert: weight decay applies to them
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")  # llm.c's
 MATRICES += ("qaw", "qbw", "kvaw", "kvbw", "routerw", "expertw", "expertprojw", "headw")
+OUTSIDE = ("wte", "wpe", "headw")  # those that are no layer's
 
 
 @dataclass(frozen=True)

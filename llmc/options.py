@@ -125,6 +125,7 @@ def parse_options(
     else:
         model = read_model(args.model)
     ranks.zero = args.zero
+    ranks.overlaps &= not args.ranks_timing  # else a rank's time has others' in it
     ranks.broadcast(model.params), ranks.broadcast(model.extra)  # however their files differ
     maxT = model.config.maxT
     args.seq_len = args.seq_len or min(1024, maxT)

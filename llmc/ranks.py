@@ -46,6 +46,7 @@ class Ranks:
     def __init__(self, comm=None, local_rank: int = 0, zero: bool = False):
         self.comm, self.local_rank, self.zero = comm, local_rank, zero
         self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm else (0, 1)
+        self.overlaps = self.size > 1  # on GPUs sums begin while backward goes on
         self.stderr: TextIO | None = None  # of a rank that is silent, for its errors
 
     def broadcast(self, values: np.ndarray) -> None:

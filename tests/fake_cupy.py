@@ -27,22 +27,31 @@ class Memory:
 
 
 class Event:
-    def __init__(self, fake):
-        self.fake, self.position = fake, 0
+    """What a stream was given up to record()."""
 
-    def record(self):
-        self.position = self.fake.enqueued
+    def __init__(self, fake):
+        self._fake, self._stream, self._position = fake, None, 0
+
+    def record(self, stream=None):
+        assert isinstance(stream, Stream), "the null stream, on which nothing is"
+        self._fake.refuse_capture()
+        self._stream, self._position = stream, stream.enqueued
 
     def synchronize(self):
-        self.fake.waits.append("event")
-        self.fake.run(self.position)
+        self._fake.waits.append("event")
+        if self._stream:
+            self._fake.run(self._stream, self._position)
 
 
 class Stream:
-    """A stream, of which the fake has one queue for all; what is captured is what is told while it is current."""
+    """A queue of operations; what is captured is what is told while the stream is current.
+
+    queue: [(event that it waits for, operation)], each may be None. An event is what it was when the wait was enqueued.
+    """
 
     def __init__(self, fake, ptr: int):
-        self._fake, self.ptr = fake, ptr
+        self._fake, self.ptr, self.queue = fake, ptr, []
+        self.enqueued = self.done = 0  # operations so far
 
     def use(self):
         self._fake.stream = self
@@ -57,8 +66,28 @@ class Stream:
         if self._fake.capture_error:
             self._fake.captured = None
             raise self._fake.capture_error
+        if self._fake.captured is None:
+            raise RuntimeError("cudaErrorIllegalState: the stream is not capturing")
         captured, self._fake.captured = self._fake.captured, None
         return Graph(self._fake, captured)
+
+    def wait_event(self, event):
+        self._fake.refuse_capture()
+        self._enqueue((event._stream, event._position), None)
+
+    def _enqueue(self, behind, operation):
+        self.queue.append((behind, operation))
+        self.enqueued += 1
+
+    def _step(self) -> bool:
+        """Do the first operation of the queue; False if there is none, or it waits."""
+        if not self.queue or (self.queue[0][0] and self.queue[0][0][0].done < self.queue[0][0][1]):
+            return False
+        _, operation = self.queue.pop(0)
+        if operation:
+            operation()
+        self.done += 1
+        return True
 
 
 class Graph:
@@ -88,11 +117,11 @@ class FakeCupy:
     was done, in order."""
 
     def __init__(self, name=b"Fake GPU", major=9, kernels=None, gpus=1):
-        self.allocations, self.launches, self.waits, self.queue = [], [], [], []
-        self.enqueued = self.done = 0  # operations so far
+        self.allocations, self.launches, self.waits = [], [], []
         self.kernels = {"probe_kernel": self.probe} | (kernels or {})
         self.launch_error = self.compile_error = self.capture_error = None
         self.stream, self.captured = Stream(self, 0), None  # captured: operations, while that goes on
+        self.streams, self.newest_first = [self.stream], True  # which of them goes as far ahead as it may
         self.math_mode = None
         self.pinned = []
         self.device = 0  # the current one
@@ -115,7 +144,7 @@ class FakeCupy:
                 fake.refuse_capture()
                 if not fake.is_pinned(arr):  # the driver waits for the stream, then copies
                     fake.waits.append("pageable copy")
-                    fake.run()
+                    fake.run(fake.stream, fake.stream.enqueued)
                     self.values[...] = arr
                 else:
                     fake.enqueue(lambda: np.copyto(self.values, arr))
@@ -126,7 +155,7 @@ class FakeCupy:
                 fake.enqueue(lambda: np.copyto(out, self.values))
                 if blocking:
                     fake.waits.append("all")
-                    fake.run()
+                    fake.run(fake.stream, fake.stream.enqueued)
                 return out
 
         self.ndarray = ndarray
@@ -134,7 +163,7 @@ class FakeCupy:
             alloc_pinned_memory=self.alloc_pinned_memory,
             Event=lambda disable_timing: Event(self),
             get_cublas_handle=lambda: 77,
-            Stream=lambda non_blocking: Stream(self, 1000),
+            Stream=lambda non_blocking: self.new_stream(),
             get_current_stream=lambda: self.stream,
             Graph=Graph,
             cublas=SimpleNamespace(
@@ -173,8 +202,11 @@ class FakeCupy:
         if self.captured is not None:
             self.captured.append(operation)
             return
-        self.queue.append(operation)
-        self.enqueued += 1
+        self.stream._enqueue(None, operation)
+
+    def new_stream(self) -> Stream:
+        self.streams.append(Stream(self, 999 + len(self.streams)))
+        return self.streams[-1]
 
     def refuse_capture(self):
         if self.captured is not None:
@@ -184,11 +216,13 @@ class FakeCupy:
         self.refuse_capture()
         self.run()
 
-    def run(self, position: int | None = None):
-        """Run what was enqueued, as far as `position`."""
-        while self.queue and (position is None or self.done < position):
-            self.queue.pop(0)()
-            self.done += 1
+    def run(self, stream: Stream | None = None, position: int = 0):
+        """Run what was enqueued, of `stream` as far as `position`; of the others what may go ahead, or what must."""
+        ordered = self.streams[::-1] if self.newest_first else self.streams
+        while stream is None or stream.done < position:
+            if not any(one._step() for one in ordered):
+                assert not any(one.queue for one in self.streams), "streams wait for each other"
+                return
 
     def empty(self, shape, dtype):
         return self.ndarray(shape, dtype)

@@ -6,9 +6,10 @@ What ranks give each other goes by Ranks.gather, which is MPI's in processes (ru
 import ctypes
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
-from cuda_emulator.memory import enqueue
+from cuda_emulator.memory import enqueue, refuse_capture
 from cuda_emulator.runtime import EmulatedRuntime
 
 from kernels.cuda.runtime import nccl, runtime
@@ -31,7 +32,8 @@ def refuse_but(kind: type, **arguments) -> None:
 
 
 class NcclCommunicator:
-    """A rank of cupy.cuda.nccl.NcclCommunicator. calls: (count, stream) of each sum, as it was told."""
+    """A rank of cupy.cuda.nccl.NcclCommunicator. calls: (count, stream) of each sum, as it was told; None: a group's
+    end."""
 
     def __init__(self, ndev, commId, rank):
         refuse_but(int, ndev=ndev, rank=rank), refuse_but(bytes, commId=commId)
@@ -46,28 +48,32 @@ class NcclCommunicator:
 
     def allReduce(self, sendbuf, recvbuf, count, datatype, op, stream):
         self._check(sendbuf, recvbuf, count, datatype, stream, op=op)
-        self._together(sendbuf, recvbuf, count, lambda parts: sum(parts[1:], start=parts[0]))
+        self._together(sendbuf, recvbuf, count, stream, lambda parts: sum(parts[1:], start=parts[0]))
 
     def reduce(self, sendbuf, recvbuf, count, datatype, op, root, stream):
         self._check(sendbuf, recvbuf, count, datatype, stream, op=op, root=root)
         takes = root == self._ranks.rank  # the others' receive buffers stay as they are
-        self._together(sendbuf, recvbuf, count, lambda parts: sum(parts[1:], start=parts[0]) if takes else None)
+        self._together(sendbuf, recvbuf, count, stream, lambda parts: sum(parts[1:], start=parts[0]) if takes else None)
 
     def broadcast(self, sendbuff, recvbuff, count, datatype, root, stream):
         self._check(sendbuff, recvbuff, count, datatype, stream, root=root)
-        self._together(sendbuff, recvbuff, count, lambda parts: parts[root])
+        self._together(sendbuff, recvbuff, count, stream, lambda parts: parts[root])
 
     def _check(self, given, taken, count, datatype, stream, op=0, root=0):
         refuse_but(int, given=given, taken=taken, count=count, datatype=datatype, op=op, root=root, stream=stream)
-        fits = stream == self._gpu.stream and count >= 0 and 0 <= root < self._ranks.size
+        fits = stream in self._gpu.streams and count >= 0 and 0 <= root < self._ranks.size
         if (datatype, op) != (NCCL_FLOAT32, NCCL_SUM) or not fits:
             raise NcclError("NCCL_ERROR_INVALID_ARGUMENT: invalid argument (run with NCCL_DEBUG=WARN for details)")
         for address in (given, taken):
             assert self._gpu.holds(address, 4 * count), "an illegal memory access"
         self.calls.append((count, stream))
 
-    def _together(self, sent, received, count, made_of):
-        """Enqueue that `received` becomes what made_of makes of the values that all ranks sent."""
+    def _together(self, sent, received, count, stream, made_of):
+        """Enqueue that `received` becomes what made_of makes of the values that all ranks sent; in a group at its end.
+
+        Not while a graph is captured: NCCL may, with its own rules, which nothing here keeps.
+        """
+        refuse_capture("NCCL")
         given, taken = (
             np.ctypeslib.as_array((ctypes.c_float * count).from_address(address)) for address in (sent, received)
         )
@@ -78,7 +84,10 @@ class NcclCommunicator:
             if (made := made_of(parts)) is not None:
                 np.copyto(taken, made)
 
-        self._gpu.enqueue(meet)
+        if current.group is None:
+            self._gpu.enqueue(meet, stream)
+        else:
+            current.group.append(lambda: self._gpu.enqueue(meet, stream))
 
     def abort(self):
         self._ranks = None
@@ -92,18 +101,36 @@ def get_unique_id() -> bytes:
     return bytes(range(UNIQUE_ID_BYTES))
 
 
+def groupStart():
+    assert current.group is None, "groups may be nested; ours are not"
+    current.group = []
+
+
+def groupEnd():
+    group, current.group = current.group, None
+    for enqueue_one in group:
+        enqueue_one()
+    if current.communicator is not None:
+        current.communicator.calls.append(None)
+
+
 class _Current(threading.local):
     """Whose calls these are: the process's, or the thread's."""
 
     ranks: Ranks | None = None
-    gpu = communicator = None
+    gpu = communicator = group = None
 
 
 current = _Current()
 
 
 class EmulatedGPU(EmulatedRuntime):
-    """The emulator as one GPU of a machine, or NoDevice. events: what it was told, in order."""
+    """The emulator as one GPU of a machine, or NoDevice. events: what it did, in order.
+
+    Its second stream is as late as may be: what is enqueued there is done when the first one waits for it.
+    """
+
+    streams = (1, 2)
 
     def __init__(self, tf32: bool = False, local_rank: int = 0, visible: int = 2, missing: str = ""):
         super().__init__("fast", tf32=tf32)
@@ -111,6 +138,7 @@ class EmulatedGPU(EmulatedRuntime):
             raise NoDevice(missing)
         self.place = Place("here", f"0000:{0x3B + local_rank % visible:02x}:00", visible)
         self.events: list[str] = []
+        self._late: list[Callable] = []
         current.gpu = self
 
     def holds(self, address: int, nbytes: int) -> bool:
@@ -120,8 +148,19 @@ class EmulatedGPU(EmulatedRuntime):
         enqueue(lambda: self.events.append(kernel))
         super().launch(kernel, *args, **options)
 
-    def enqueue(self, operation) -> None:
-        enqueue(lambda: (self.events.append("sum"), operation()))
+    def enqueue(self, operation, stream: int) -> None:
+        assert stream == 2
+        self._late.append(operation)
+        enqueue(lambda: self.events.append("sum"))
+
+    def second_stream(self) -> SimpleNamespace:
+        return SimpleNamespace(address=2, fork=lambda: None, join=lambda: enqueue(self._join))
+
+    def _join(self) -> None:
+        late, self._late = self._late, []
+        for operation in late:
+            operation()
+        self.events.append("join")
 
 
 def install(patch: Callable, visible: int = 2, missing: Callable[[int], str] = lambda local_rank: "") -> None:

@@ -70,6 +70,10 @@ def all_reduce(array: np.ndarray, ranks) -> None:
     ranks.add_up(array)
 
 
+def all_reduce_begin(array: np.ndarray, views: list[np.ndarray], ranks) -> None:
+    """all_reduce of these views of the array may begin: not here, where a sum takes the cores from what goes on."""
+
+
 def all_gather(array: np.ndarray, ranks) -> None:
     """With ZeRO each process of `ranks` has a part of array (n) float32: now all have all of it, by MPI."""
     ranks.share(array)

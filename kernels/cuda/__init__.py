@@ -29,6 +29,10 @@ def device(runtime, graph: str = "0", communicator=None) -> Device:
         if ranks.size > 1:
             communicator.add_up(array, ranks)
 
+    def all_reduce_begin(array, views, ranks) -> None:
+        if ranks.size > 1:
+            runtime.outside_graphs(lambda: communicator.begin(array, views, ranks))
+
     def all_gather(array, ranks) -> None:
         if ranks.size > 1 and ranks.zero:
             communicator.share_parts(array, ranks)
@@ -36,4 +40,5 @@ def device(runtime, graph: str = "0", communicator=None) -> Device:
     ops = {name: partial(op, runtime) for name, op in OPS.items()}
     memory = {name: getattr(runtime, name) for name in MEMORY}
     own = dict(describe=describe, memory_used=memory_used, tf32=runtime.tf32, graph=graph)
-    return SimpleNamespace(**ops, **memory, **own, all_reduce=all_reduce, all_gather=all_gather)
+    among_ranks = dict(all_reduce=all_reduce, all_reduce_begin=all_reduce_begin, all_gather=all_gather)
+    return SimpleNamespace(**ops, **memory, **own, **among_ranks)

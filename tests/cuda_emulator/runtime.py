@@ -97,7 +97,6 @@ class EmulatedRuntime:
         self._constants = {}
         self._launched = set()  # names, since guards were looked at
         self.graph_launches = 0
-        self.stream = 1  # all that is told is done in order
 
     # ---- memory
 
@@ -198,6 +197,10 @@ class EmulatedRuntime:
                 operation()
 
         return launch
+
+    def outside_graphs(self, work: Callable[[], None]) -> None:
+        """work() now or, while a capture goes on, in its order whenever that is launched."""
+        enqueue(work)
 
     def build(self, *paths: Path, jobs: int | None = None) -> None:
         """Compiles .cu files now, all of them if none is named, `jobs` at a time; else the first launch does it."""

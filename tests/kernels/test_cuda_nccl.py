@@ -39,7 +39,7 @@ def real(tmp_path_factory) -> dict:
 def test_cupy_has_what_the_module_lists_and_the_module_uses_no_more(real):
     listed = {name.removeprefix("cupy.cuda.nccl.") for name in names_listed(MODULE)} - {"cupy.cuda.nccl"}
     listed |= {"NcclCommunicator"}
-    assert len(listed) == 9 and listed - {"available"} <= set(real)
+    assert len(listed) == 11 and listed - {"available"} <= set(real)
     used = set()
     for node in ast.walk(ast.parse(MODULE.read_text())):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("nccl", "self._nccl"):
@@ -125,7 +125,7 @@ def open_gpu(monkeypatch, tmp_path):
 @pytest.mark.parametrize("local_rank, device", [(0, 0), (1, 1), (2, 0), (5, 1)])
 def test_a_rank_has_the_gpu_of_its_number(local_rank, device, open_gpu):
     cupy, gpu = open_gpu(local_rank)
-    assert cupy.device == device and gpu.is_array(gpu.zeros(2)) and gpu.stream == 1000
+    assert cupy.device == device and gpu.is_array(gpu.zeros(2)) and cupy.stream.ptr == 1000
     assert (gpu.place.bus, gpu.place.visible) == (f"0000:{0x3B + device:02x}:00", 2) and gpu.place.machine
     cupy.device = 1 - device
     assert not gpu.is_array(gpu.zeros(2))
@@ -142,18 +142,26 @@ def pair(open_gpu, monkeypatch):
 def connect(pair, ranks) -> tuple:
     """(fake CuPy, its Runtime, the Communicator) of a rank."""
     cupy, gpu = pair[ranks.rank]
+
+    def enqueue(operation, stream):
+        (one,) = [one for one in cupy.streams if one.ptr == stream]
+        one._enqueue(None, operation)
+
     fake_nccl.current.gpu = SimpleNamespace(
-        stream=1000, place=gpu.place, holds=lambda address, nbytes: True, enqueue=cupy.enqueue
+        streams=(1001,), place=gpu.place, holds=lambda address, nbytes: True, enqueue=enqueue
     )
     return cupy, gpu, nccl.Communicator(gpu, ranks)
 
 
-def test_a_sum_is_enqueued_and_the_host_waits_for_nothing(pair, monkeypatch):
-    """Behind what was launched before, in front of what is launched behind; the last bucket is shorter."""
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_a_sum_is_enqueued_and_the_host_waits_for_nothing(newest_first, pair, monkeypatch):
+    """Behind what was launched before, in front of what is launched behind, whichever stream is ahead where it may be;
+    the last bucket is shorter."""
     monkeypatch.setattr(nccl, "BUCKET", 4)
 
     def work(ranks):
         cupy, gpu, communicator = connect(pair, ranks)
+        cupy.newest_first = newest_first
         array, counts = gpu.to_device(np.full(6, 10.0 * ranks.rank, F)), gpu.zeros(6)
         cupy.waits.clear()
         gpu.launch("scale_kernel", 1, 8, (array, array, 2.0, 0, 6))
@@ -164,7 +172,45 @@ def test_a_sum_is_enqueued_and_the_host_waits_for_nothing(pair, monkeypatch):
 
     for told, array, halves, calls in Threads(2).run(work):
         assert told and array == [20.0] * 6 and halves == [10.0] * 6
-        assert calls == [(3, 1000), (4, 1000), (2, 1000)]
+        assert calls == [(3, 1001), None, (4, 1001), (2, 1001), None]
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_has_begun_goes_on_beside_what_follows(zero, newest_first, pair):
+    """A begun sum has what was there then, goes ahead of what is launched behind it, and is not done again."""
+    size, cut = 1024, slice(100, 900)  # across the border of two ranks' parts, at 512
+
+    def work(ranks):
+        ranks.zero = zero
+        cupy, gpu, communicator = connect(pair, ranks)
+        cupy.newest_first = newest_first
+        array, done = gpu.to_device(np.full(size, 1.0, F)), []
+        view = SimpleNamespace(data=SimpleNamespace(ptr=array.data.ptr + 4 * cut.start), size=800)
+        gpu.launch("scale_kernel", 1, 128, (array, array, 10.0, cut.start, view.size))
+        communicator.begin(array, [view], ranks)
+        gpu.launch("scale_kernel", 1, 128, (array, array, 3.0, 0, cut.start))
+        cupy.enqueue(lambda: done.append(array.values[500:502].tolist()))
+        communicator.add_up(array, ranks)
+        gpu.launch("scale_kernel", 1, 128, (array, array, 0.5, 0, size))
+        found = gpu.to_host(array)
+        communicator.add_up(array, ranks)  # of the next step: all of it
+        return done, found, gpu.to_host(array), fake_nccl.current.communicator.calls
+
+    for rank, (done, found, again, calls) in enumerate(Threads(2).run(work)):
+        own = slice(512 * rank, 512 * rank + 512) if zero else slice(0, size)
+        expected = np.repeat([3.0, 10.0, 1.0], [100, 800, 124])  # half of what two ranks have
+        assert done == [[(20.0 if newest_first and own.start == 0 else 10.0)] * 2]
+        assert np.array_equal(found[own], expected[own])
+        assert np.array_equal(again[own], (1.5 if zero else 2) * expected[own])  # the other has no sum of this part
+        counts = [call and call[0] for call in calls]
+        parts = [412, 388, None, 100, 124, None, 512, 512] if zero else [800, None, 100, 124, None, 1024]
+        assert counts == [3, None, *parts, None] and {call[1] for call in calls if call} == {1001}
+
+
+def test_the_rest_is_what_no_part_has():
+    assert nccl.rest_of(9, []) == [slice(0, 9)] and nccl.rest_of(9, [slice(0, 9)]) == []
+    assert nccl.rest_of(9, [slice(5, 7), slice(2, 4)]) == [slice(0, 2), slice(4, 5), slice(7, 9)]
 
 
 def test_what_cannot_be_added_up_is_refused(pair):

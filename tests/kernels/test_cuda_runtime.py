@@ -56,12 +56,13 @@ CALLS = {
     "ndarray.get": ([], ["out", "blocking"]),
     "cuda.alloc_pinned_memory": (["size"], []),
     "cuda.Event": ([], ["disable_timing"]),
-    "cuda.Event.record": ([], []),
+    "cuda.Event.record": (["stream"], []),
     "cuda.Event.synchronize": ([], []),
     "cuda.Stream": ([], ["non_blocking"]),
     "cuda.Stream.use": ([], []),
     "cuda.Stream.begin_capture": ([], []),
     "cuda.Stream.end_capture": ([], []),
+    "cuda.Stream.wait_event": (["event"], []),
     "cuda.Graph.launch": ([], []),
     "cuda.get_current_stream": ([], []),
     "cuda.get_cublas_handle": ([], []),
@@ -213,6 +214,9 @@ HOLD = {
     "_copied": "cupy.cuda.Event",
     "current": "cupy.cuda.Stream",
     "_stream": "cupy.cuda.Stream",
+    "_first": "cupy.cuda.Stream",
+    "_second": "cupy.cuda.Stream",
+    "_event": "cupy.cuda.Event",
     "graph": "cupy.cuda.Graph",
     "function": "cupy.RawKernel",
     "module": "cupy.RawModule",
@@ -255,7 +259,7 @@ def names_of_device_arrays() -> set[str]:
 
 
 # what the fake has for tests to look at
-FOR_TESTS = {"ndarray.values", "ndarray.data.bytes", "cuda.Event.fake", "cuda.Event.position"}
+FOR_TESTS = {"ndarray.values", "ndarray.data.bytes", *(f"cuda.Stream.{name}" for name in ("queue", "enqueued", "done"))}
 
 
 def names_offered(fake) -> set[str]:
@@ -457,7 +461,7 @@ def test_to_host_later_waits_for_its_copy_alone(gpu, fake):
     gpu.launch("scale_kernel", 1, 2, (array, array, 10, 0, 2))
     gpu.launch("scale_kernel", 1, 2, (more, more, 1, 0, 2))
     assert later().tolist() == [1, 2]
-    assert len(fake.queue) == 2  # the kernels after the copy have not run, and need not
+    assert len(fake.stream.queue) == 2  # the kernels after the copy have not run, and need not
     second = gpu.to_host_later(array)
     gpu.launch("scale_kernel", 1, 2, (array, array, 10, 0, 2))
     third = gpu.to_host_later(array)  # its buffer is the second's, which nobody has fetched

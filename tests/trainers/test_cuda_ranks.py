@@ -51,7 +51,7 @@ def train(ranks: Ranks, graph: str = "1", zero: bool = False) -> tuple[np.ndarra
         own = micro_steps[ranks.rank :: ranks.size]  # as the data loader deals them out
         for k, batch in enumerate(own):
             model.forward(*batch, len(own) * ranks.size)
-            model.backward(first=k == 0)
+            model.backward(first=k == 0, last=k == len(own) - 1)
         device.all_reduce(model.grads_flat, ranks)
         if step < STEPS - 1:
             model.update(step + 1, 1e-3, grad_clip=0.5)
@@ -85,26 +85,49 @@ def test_parts_of_the_update_are_the_whole(count, graph, gpus, monkeypatch):
         assert np.abs(grads[others] - whole[0][0][others]).max() > 1e-3  # only its own gradients, which nobody reads
 
 
-def test_a_sum_is_between_backward_and_update(gpus, monkeypatch):
-    """Of launches one by one and of graphs; all buckets, on the stream of both, in every step."""
-    monkeypatch.setattr(nccl, "BUCKET", 5000)
+def test_sums_are_between_backward_and_update(gpus, monkeypatch):
+    """By graphs and without; on one stream, in every step: a layer's behind its backward, beside the layers below."""
     gpus()
-    size = gpt2_init(tiny.CONFIG, 3).size
+    size, L = gpt2_init(tiny.CONFIG, 3).size, tiny.CONFIG.L
+    matrices = 12 * L * tiny.CONFIG.C**2
 
     def run(ranks):
+        ranks.overlaps = overlaps
         events = train(ranks)[2]
         return events, fake_nccl.current.communicator.calls
 
-    for events, calls in Threads(2).run(run):
-        events = events[events.index("sum") + 1 :]  # behind the trial at the opening
-        sums = [i for i, event in enumerate(events) if event == "sum"]
-        buckets = -(-size // 5000)
-        assert len(sums) == STEPS * buckets
-        assert calls == [(3, 1), *STEPS * ([(5000, 1)] * (size // 5000) + [(size % 5000, 1)])]
-        firsts, lasts = sums[::buckets], sums[buckets - 1 :: buckets]
-        assert all(last - first == buckets - 1 for first, last in zip(firsts, lasts))  # nothing in between
-        assert {events[first - 1] for first in firsts} == {"encoder_backward_wpe_kernel"}
-        assert {events[last + 1] for last in lasts[:-1]} == {"sum_of_squares_kernel"}
+    for overlaps in (True, False):
+        for events, calls in Threads(2).run(run):
+            events = events[events.index("join") + 1 :]  # behind the trial at the opening
+            groups = "".join("." if call else "|" for call in calls[2:]).split("|")
+            assert sum(call[0] for call in calls[2:] if call) == STEPS * size
+            assert {call[1] for call in calls if call} == {2}
+            # with the vectors of layers between, the rest: in front of qkvw, attprojw, fcw, fcprojw and behind
+            assert groups == STEPS * ([4 * "."] * L + [5 * "."] if overlaps else ["."]) + [""]
+            if overlaps:
+                assert sum(call[0] for call in calls[-6:-1]) == size - matrices
+            joins = [i for i, event in enumerate(events) if event == "join"]
+            sums = [i for i, event in enumerate(events) if event == "sum"]
+            assert len(joins) == STEPS
+            assert {events[join + 1] for join in joins[:-1]} == {"sum_of_squares_kernel"}
+            before = [events[i - 1] for i in sums if events[i - 1] != "sum"]
+            of_layers = ["column_sum_kernel"] * L if overlaps else []
+            assert before == STEPS * [*of_layers, "encoder_backward_wpe_kernel"]
+
+
+def test_a_sum_that_begins_too_early_is_wrong(gpus, monkeypatch):
+    """What the stand-in is for: its sums are as late as may be, so they have what is written behind their beginning."""
+    gpus()
+    expected = train(ALONE)[0]
+    begin = nccl.Communicator.begin
+
+    def early(self, array, views, ranks):
+        begin(self, array, views, ranks)
+        views[-1].fill(7)
+
+    monkeypatch.setattr(nccl.Communicator, "begin", early)
+    for grads, _, _ in Threads(2).run(train):
+        assert np.abs(grads - expected).max() > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,23 +1,24 @@
 """Sums over the GPUs of several processes: all that this project asks of NCCL, through CuPy.
 
-    cupy.cuda.nccl: available, get_unique_id(), NCCL_FLOAT32, NCCL_SUM
+    cupy.cuda.nccl: available, get_unique_id(), NCCL_FLOAT32, NCCL_SUM, groupStart(), groupEnd()
     cupy.cuda.nccl.NcclCommunicator(ndev, commId, rank)
     cupy.cuda.nccl.NcclCommunicator: allReduce(sendbuf, recvbuf, count, datatype, op, stream), abort()
     cupy.cuda.nccl.NcclCommunicator: reduce(sendbuf, recvbuf, count, datatype, op, root, stream)
     cupy.cuda.nccl.NcclCommunicator: broadcast(sendbuff, recvbuff, count, datatype, root, stream)
 
-A sum is enqueued on the runtime's stream, as kernels and graphs are, and is part of no graph. A step is, on that stream
+A sum is enqueued on a stream of its own, and is part of no graph. In the last micro-step of an update that of a layer
+begins as soon as backward is through with the layer, as in train_gpt2.cu, and goes on beside the layers below it:
 
-    forward, backward (graphs), for each micro-step | sum | update (a graph) | with ZeRO the parts of the parameters
+    kernels   backward: head | layer L-1 | layer L-2 | ... | layer 0 | embedding |           | update
+    NCCL                                 | layer L-1 | ...           | layer 0   | the rest  | with ZeRO the parameters
 
-so the sum begins when the last backward has ended, and the update when the sum has; the host waits for none of them. To
-overlap it with backward, as train_gpt2.cu does, would take a second stream, the gradients of a layer side by side in
-memory (or a call for each of its tensors, in a group), an event behind each layer for the sum to wait for, and backward
-as a graph for each layer, or NCCL's calls inside of one graph.
+An update waits for all sums, a sum for what the kernels' stream was given before it, the host for nothing. Where
+backward is a graph, it is one for each of these pieces.
 """
 
 import atexit
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -54,6 +55,9 @@ class Communicator:
         """
         nccl = import_nccl()
         self._runtime, self._float32, self._sum = runtime, nccl.NCCL_FLOAT32, nccl.NCCL_SUM
+        self._group_start, self._group_end = nccl.groupStart, nccl.groupEnd
+        self._stream = runtime.second_stream()
+        self._begun: dict[int, list[slice]] = {}  # by address of an array: what of it adds up already
         (unique_id, *_) = ranks.gather(_unique_id(nccl) if ranks.rank == 0 else None)
         if isinstance(unique_id, UserError):  # which every rank raises
             raise unique_id
@@ -68,44 +72,85 @@ class Communicator:
     def _probe(self, ranks) -> None:
         """A small sum of all, exact in float32. Raises CudaError if wrong."""
         array = self._runtime.to_device(np.full(3, ranks.rank + 1, np.float32))
-        self._bucket_by_bucket(array, slice(0, array.size), self._nccl.allReduce, self._sum)
+        with self._group(array):
+            self._bucket_by_bucket(array, slice(0, array.size), self._nccl.allReduce, self._sum)
+        self._stream.join()
         with explained("the first sum by NCCL"):
             found = self._runtime.to_host(array).tolist()
         expected = ranks.size * (ranks.size + 1) / 2
         if found != [expected] * 3:
             raise _nccl_error("adding up", RuntimeError(f"NCCL computed {found}, expected {expected}"))
 
+    def begin(self, array, views, ranks) -> None:
+        """Enqueue add_up for these views of the array, without overlap, which nobody touches until add_up of it all.
+
+        They wait for what the runtime's stream was given so far, and for nothing that it is given from now on. Every
+        rank calls it with the same views. Raises TypeError as add_up, CudaError.
+        """
+        self._check(array)
+        begins = [(view.data.ptr - array.data.ptr) // array.dtype.itemsize for view in views]
+        parts = [slice(begin, begin + view.size) for begin, view in zip(begins, views)]
+        self._add_up(array, parts, ranks)
+        self._begun.setdefault(array.data.ptr, []).extend(parts)
+
     def add_up(self, array, ranks) -> None:
         """Enqueue array += those of all other ranks, in float32, the same bits in each; with ZeRO this rank's part.
 
-        In place, a bucket after the other, on the runtime's stream. Every rank calls it, with as many values. Raises
-        TypeError for what is no contiguous float32 array of the GPU, CudaError.
+        In place, of what has not begun; what the runtime's stream is given from now on waits for all of it. Every rank
+        calls it, with as many values. Raises TypeError for what is no contiguous float32 array of the GPU, CudaError.
         """
         self._check(array)
-        if not ranks.zero:
-            self._bucket_by_bucket(array, slice(0, array.size), self._nccl.allReduce, self._sum)
-            return
-        for root, part in enumerate(ranks.parts(array.size)):
-            self._bucket_by_bucket(array, part, self._nccl.reduce, self._sum, root)
+        self._add_up(array, rest_of(array.size, self._begun.pop(array.data.ptr, [])), ranks)
+        self._stream.join()
+
+    def _add_up(self, array, parts: list[slice], ranks) -> None:
+        with self._group(array):
+            for part in parts:
+                if not ranks.zero:
+                    self._bucket_by_bucket(array, part, self._nccl.allReduce, self._sum)
+                    continue
+                for root, own in enumerate(ranks.parts(array.size)):
+                    both = slice(max(part.start, own.start), min(part.stop, own.stop))
+                    self._bucket_by_bucket(array, both, self._nccl.reduce, self._sum, root)
 
     def share_parts(self, array, ranks) -> None:
         """Enqueue that each rank's part of array becomes all ranks'. As add_up."""
         self._check(array)
-        for root, part in enumerate(ranks.parts(array.size)):
-            self._bucket_by_bucket(array, part, self._nccl.broadcast, root)
+        with self._group(array):
+            for root, part in enumerate(ranks.parts(array.size)):
+                self._bucket_by_bucket(array, part, self._nccl.broadcast, root)
+        self._stream.join()
 
     def _check(self, array) -> None:
         if not self._runtime.is_array(array) or array.dtype != np.float32 or not array.flags.c_contiguous:
             raise TypeError(f"add_up: {shown(array)}, expected contiguous float32 on {self._runtime.name}")
 
+    @contextmanager
+    def _group(self, array):
+        """What is called inside is launched as one, behind all that the runtime's stream was given."""
+        self._stream.fork()
+        try:
+            self._group_start()
+            yield
+            self._group_end()
+        except RuntimeError as error:
+            raise _nccl_error(f"adding up {shown(array)}", error) from None
+
     def _bucket_by_bucket(self, array, part: slice, call, *arguments: int) -> None:
-        """Enqueue call(address, address, count, float32, *arguments, stream) over a part of the array."""
+        """call(address, address, count, float32, *arguments, stream) over a part of the array."""
         for start in range(part.start, part.stop, BUCKET):
             address, count = array.data.ptr + array.dtype.itemsize * start, min(BUCKET, part.stop - start)
-            try:
-                call(address, address, count, self._float32, *arguments, self._runtime.stream)
-            except RuntimeError as error:
-                raise _nccl_error(f"adding up {shown(array)}", error) from None
+            call(address, address, count, self._float32, *arguments, self._stream.address)
+
+
+def rest_of(size: int, parts: list[slice]) -> list[slice]:
+    """What `parts` of `size` values, none of which overlap, leave out."""
+    found, end = [], 0
+    for part in (*sorted(parts, key=lambda part: part.start), slice(size, size)):
+        if end < part.start:
+            found.append(slice(end, part.start))
+        end = part.stop
+    return found
 
 
 def _unique_id(nccl):

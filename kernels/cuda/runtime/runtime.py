@@ -9,9 +9,9 @@
     cupy.ndarray: dtype, shape, ndim, nbytes
     cupy.cuda.alloc_pinned_memory(size)
     cupy.cuda.Event(disable_timing=)
-    cupy.cuda.Event: record(), synchronize()
+    cupy.cuda.Event: record(stream), synchronize()
     cupy.cuda.Stream(non_blocking=), cupy.cuda.get_current_stream()
-    cupy.cuda.Stream: ptr, use(), begin_capture(), end_capture()
+    cupy.cuda.Stream: ptr, use(), begin_capture(), end_capture(), wait_event(event)
     cupy.cuda.Graph: launch()
     cupy.cuda.get_cublas_handle()
     cupy.cuda.cublas: sgemm, setMathMode, CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_DEFAULT_MATH
@@ -22,7 +22,8 @@ and what launchers and trainers, which never import it, do with its arrays (test
 
     cupy.ndarray: size, data.ptr, fill(value), reshape(shape), __len__(), __getitem__(integers and slices)
 
-Everything runs in order on CuPy's current stream, which is made one that can be captured; the default one cannot.
+Everything but NCCL runs in order on CuPy's current stream, which is made one that can be captured; the default one
+cannot.
 cuBLAS is called by ctypes where its library is found: CuPy's own calls refuse to be captured. No arithmetic is CuPy's
 own, which would allocate its results and launch kernels that nobody here has read. Which GPUs there are to choose from,
 CUDA_VISIBLE_DEVICES says.
@@ -90,12 +91,30 @@ class Readback:
         return self._values
 
 
+class SecondStream:
+    """A stream for what goes on beside the runtime's. address: the CUDA stream's."""
+
+    def __init__(self, first, second, event):
+        self._first, self._second, self._event, self.address = first, second, event, second.ptr
+
+    def fork(self) -> None:
+        """What is enqueued here from now on waits for all that the runtime's stream has been given, and for no more."""
+        with explained("making a stream wait"):
+            self._event.record(self._first)
+            self._second.wait_event(self._event)
+
+    def join(self) -> None:
+        """What the runtime's stream is given from now on waits for all that has been enqueued here."""
+        with explained("making a stream wait"):
+            self._event.record(self._second)
+            self._first.wait_event(self._event)
+
+
 class Runtime:
     """A GPU. Its arrays are CuPy's, row-major.
 
     name: the GPU's. capability: its compute capability, as (9, 0). tf32: whether products are computed in TF32, which
-    takes the wish for it and a GPU that has it. place: which GPU it is. stream: the address of the CUDA stream on which
-    everything runs.
+    takes the wish for it and a GPU that has it. place: which GPU it is.
     """
 
     def __init__(self, tf32: bool = False, folders: tuple[Path, ...] = (source.FOLDER,), local_rank: int = 0):
@@ -131,7 +150,7 @@ class Runtime:
         current = self._cupy.cuda.get_current_stream()
         self._stream = current if current.ptr else self._cupy.cuda.Stream(non_blocking=True)
         self._stream.use()
-        self.stream = self._stream.ptr
+        self._pieces = None  # of what is captured: graphs, and what is done between them
         self._cublas, cublas = self._cupy.cuda.get_cublas_handle(), self._cupy.cuda.cublas
         # the default mode never rounds float32 operands
         cublas.setMathMode(self._cublas, CUBLAS_TF32_TENSOR_OP_MATH if self.tf32 else cublas.CUBLAS_DEFAULT_MATH)
@@ -216,7 +235,7 @@ class Runtime:
             copied.synchronize()  # the copy before this one has left the buffer
             pinned[...] = values
             array.set(pinned)
-            copied.record()
+            copied.record(self._stream)
 
     def to_host(self, array) -> np.ndarray:
         """The values of `array` once all that was launched is done. Raises TypeError, CudaError."""
@@ -239,7 +258,7 @@ class Runtime:
         pinned, copied = self._page_locked("out", array)
         with explained("copying to the host"):
             array.get(out=pinned, blocking=False)
-            copied.record()
+            copied.record(self._stream)
         self._readbacks[key] = Readback(pinned, copied)
         return self._readbacks[key]
 
@@ -293,8 +312,15 @@ class Runtime:
     # ------------------------------------------------------------------------------------------------------------------
     # kernels
 
+    def second_stream(self) -> SecondStream:
+        """A new stream, for what goes on beside everything else."""
+        second, event = self._cupy.cuda.Stream(non_blocking=True), self._cupy.cuda.Event(disable_timing=True)
+        return SecondStream(self._stream, second, event)
+
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """A function that enqueues what work() enqueues, as one CUDA graph; now nothing of it is enqueued.
+        """A function that enqueues what work() enqueues, as a CUDA graph; now nothing of it is enqueued.
+
+        There is one graph, or one more for each call of outside_graphs.
 
         work launches, multiplies and fills what it has launched, multiplied and filled before, as compiling and
         allocating are no part of a graph; its arrays live as long as the function does. Raises CudaError where work
@@ -304,20 +330,38 @@ class Runtime:
         if not self._captures:
             raise CudaError(f"{what}: the library of cuBLAS that CuPy has loaded was not found", None)
         with explained(what):
+            self._pieces = pieces = []
             self._stream.begin_capture()
             try:
                 work()
+                graph = self._stream.end_capture()
+                pieces.append(graph.launch)
             except BaseException:
                 with suppress(RuntimeError):  # of a capture that is no longer valid; it is over all the same
                     self._stream.end_capture()
                 raise
-            graph = self._stream.end_capture()
-        return partial(self._launch_graph, graph, dict(self._buffers))
+            finally:
+                self._pieces = None
+        return partial(self._replay, pieces, dict(self._buffers))
 
-    def _launch_graph(self, graph, scratch: dict) -> None:
-        """Enqueue a graph; `scratch` are the buffers that it uses, kept for it when the runtime has larger ones."""
+    def outside_graphs(self, work: Callable[[], None]) -> None:
+        """Do work() now; while a graph is captured, whenever it is launched, between what came before and what comes.
+
+        For what enqueues something that is better not in a graph. Raises CudaError.
+        """
+        if self._pieces is None:
+            work()
+            return
+        with explained("capturing a CUDA graph"):
+            graph = self._stream.end_capture()
+            self._pieces += [graph.launch, work]
+            self._stream.begin_capture()
+
+    def _replay(self, pieces: list, scratch: dict) -> None:
+        """Enqueue graphs; `scratch` are the buffers that they use, kept for them when the runtime has larger ones."""
         with explained("launching a CUDA graph"):
-            graph.launch()
+            for piece in pieces:
+                piece()
 
     def launch(self, kernel: str, grid, block, args, shared_mem: int = 0) -> None:
         """Launch a kernel of the .cu files.
