@@ -289,7 +289,7 @@ def test_a_kernel_that_cannot_be_launched_is_not_used(capfd):
     assert "not used, attention_forward_3xtf32_64_kernel: too many resources" in capfd.readouterr().err
 
 
-@pytest.fixture(params=["fast", "check", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["check", pytest.param("gpu", marks=pytest.mark.gpu)])
 def kind(request):
     return request.param
 

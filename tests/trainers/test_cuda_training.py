@@ -37,26 +37,28 @@ def on_emulator(monkeypatch, emulator):
 
 
 @pytest.mark.parametrize(
-    "name, capability",
+    "name, capability, steps",
     [
-        *(pytest.param(name, (7, 0), id=name) for name in golden_run.RUNS),
-        pytest.param("dense", (9, 0), id="dense-3xtf32"),  # attention on tensor cores
+        *(pytest.param(name, (7, 0), 41, id=name) for name in golden_run.RUNS),
+        pytest.param("dense", (9, 0), 10, id="dense-3xtf32"),  # attention on tensor cores, whose emulation is slow
+        pytest.param("dense", (9, 0), 41, id="dense-3xtf32-all", marks=pytest.mark.slow),
     ],
 )
-def test_run_matches_the_c_reference(name, capability, on_emulator, tmp_path, monkeypatch, capsys):
-    """All 41 training and 5 validation losses within 5e-5, parameters after 41 updates within 1e-4."""
+def test_run_matches_the_c_reference(name, capability, steps, on_emulator, tmp_path, monkeypatch, capsys):
+    """All 41 training and 5 validation losses within 5e-5, parameters after 41 updates within 1e-4; or the first."""
     on_emulator(mode="fast", capability=capability)
     golden_run.write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert train_banded.main([*golden_run.WORKLOAD, *golden_run.RUNS[name], "-c", "final.bin"]) == 0
+    flags = [*golden_run.RUNS[name], "-n", str(steps), "-c", "final.bin"]
+    assert train_banded.main([*golden_run.WORKLOAD, *flags]) == 0
     ours, reference = capsys.readouterr().out, (golden_run.GOLDEN / f"{name}.log").read_text()
     assert "CUDA emulator" in ours
-    for kind, count in (("train", 41), ("val", 5)):
-        difference = np.abs(losses(ours, kind)[:count] - losses(reference, kind)).max()
+    for kind, count, whole in (("train", steps, 41), ("val", steps // 10 + 1, 5)):
+        difference = np.abs(losses(ours, kind)[:count] - losses(reference, kind)[:count]).max()
         print(f"{name}: {kind} losses within {difference:.1e}")
-        assert losses(reference, kind).size == count and difference <= 5e-5
+        assert losses(reference, kind).size == whole and losses(ours, kind).size >= count and difference <= 5e-5
     params = read_model("final.bin").params
-    assert np.abs(params[:: golden_run.STRIDE] - golden_run.load()[name]).max() <= 1e-4
+    assert steps < 41 or np.abs(params[:: golden_run.STRIDE] - golden_run.load()[name]).max() <= 1e-4
 
 
 @pytest.mark.parametrize("tf32, loss_tol, param_tol", [(False, 2e-6, 1e-6), (True, 1e-4, 1e-5)])

@@ -59,7 +59,7 @@ def batch(config, B, T, seed=2):
     return np.random.default_rng(seed).integers(0, config.V, (2, B, T)).astype(np.int32)
 
 
-def relative_error(model, name: str, loss, samples: int = 40, step: float = 1e-5) -> float:
+def relative_error(model, name: str, loss, samples: int = 20, step: float = 1e-5) -> float:
     """Largest deviation of a tensor's gradient from central differences of loss(), at some of its elements."""
     grad, values = getattr(model.grads, name).reshape(-1).copy(), getattr(model.params, name).reshape(-1)
     worst = 0.0
