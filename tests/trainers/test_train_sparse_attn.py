@@ -778,7 +778,7 @@ RANDOM_MODES = {  # config, Sparsity
 }
 
 
-def loss_on_random_tokens(config: GPT2Config, sparsity: Sparsity, steps: int = 300) -> float:
+def loss_on_random_tokens(config: GPT2Config, sparsity: Sparsity, steps: int = 150) -> float:
     """Mean loss on fresh tokens, each drawn from all V, after training on such tokens."""
     generator, B, T = np.random.default_rng(5), 8, config.maxT
     params = np.concatenate([gpt2_init(config, 1), extras(sparsity, config)])
