@@ -131,7 +131,7 @@ bench_sparse: setup  ## sparse attention against dense: on the CPU, into benchma
 	$(PY) benchmarks/sparse_gpu.py --device auto
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/sparse_attention.py
 
-bench_scaling: $(VENV)/mpi-ready  ## ranks of train_banded.py under mpiexec beside one, four minutes, and many GPUs counted, into doc/scaling.md
+bench_scaling: $(VENV)/mpi-ready  ## ranks of train_banded.py under mpiexec beside one, eight minutes, and many GPUs counted, into doc/scaling.md
 	env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE $(PY) benchmarks/scaling.py
 	$(PY) benchmarks/scaling_model.py
 $(VENV)/mpi-ready: $(VENV)/ready requirements-mpi.txt

@@ -141,9 +141,9 @@ def rows_that_fit(config: GPT2Config, R: int, zero: int, recompute: bool = False
     return max(0, int((MEMORY - none) / (one - none)))
 
 
-def predicted(R: int, alone: float, reducing: float) -> float:
-    """Tokens/s of R ranks over one's, from the time of one's step and of the sum of R: what has no overlap."""
-    return R * alone / (alone + reducing)
+def predicted(R: int, alone: float, reducing: float, cores: int) -> float:
+    """Tokens/s of R ranks over one's, from the time of one's step and of the sum of R, without overlap."""
+    return R * alone / (alone * max(1, R / cores) + reducing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ SMALLEST = {  # script: its flags, what a row of its output looks like, how many
     "step_time.py": ("--sizes tiny --steps 1 -b 1 -t 8", r"(ours|products).* \d+\.\d ms \(fastest", 4),
     "band_products.py": ("--channels 64 --tokens 64 --repeats 1", r"\| 64 \| 64 \|", 1),
     "sparse_gpu.py": ("--device cpu --channels 64 --lengths 64,130 --repeats 1", r"\| (64|130), \w+ \| [01]\.\d\d", 6),
-    "scaling.py": ("--sizes tiny --steps 1 -b 1 -t 8 --rounds 1", r"\| tiny, B=1 T=8 \| [12] \|", 2),
+    "scaling.py": ("--sizes tiny --ranks 1,2 --steps 1 -b 1 -t 8 --rounds 1", r"\| tiny, B=1 T=8 \| [12] \|", 2),
     "sparse_attention.py": ("--channels 64 --lengths 64 --repeats 1", r"\b64\b", 1),
 }
 LIBRARIES = {"turns.py", "kernel_times.py"}

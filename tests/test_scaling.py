@@ -118,13 +118,23 @@ def test_step_times_leave_the_first_out():
 
 def test_the_table_of_made_up_runs():
     """Medians 2050, 2450 and apart 2100 ms, 2 x 2050 / (2050 + 310) predicted; 310 ms for the bytes once each way."""
-    results = {"machine": "a machine", "sizes": {"124M": FOUND}}
+    results = {"machine": "a machine", "cores": 2, "sizes": {"124M": FOUND}}
     one, two = scaling.table(results).splitlines()[2:]
     assert one == "| 124M, B=4 T=128 | 1 | 2050 | 250 | 1.00 |  |  |  |  |"
     assert two == "| 124M, B=4 T=128 | 2 | 2450 | 418 | 1.67 (1.61 .. 1.74) | 1.95 | 1.74 | 310.0 | 1.6 |"
     assert "Two ranks of 124M with one thread each, B=4 T=128 a rank, do 1.67 times the" in scaling.answer(results)
     assert scaling.block(results).startswith("\na machine.\n\n| model,") and scaling.block(results).endswith("1.7.\n\n")
     assert scaling.answer({"sizes": {"tiny": FOUND}}) == "" and "make bench_scaling" in scaling.block(None)
+
+
+def test_more_ranks_than_cores_are_told():
+    """Four on two cores: each rank's 2050 ms become 4100, and a sum of 400 comes on top."""
+    found = FOUND | {"sums": {"4": [400.0]}, "apart": {"4": [4100.0]}, "ms": {"1": FOUND["ms"]["1"], "4": [[5000.0]]}}
+    results = {"machine": "a machine", "cores": 2, "sizes": {"124M": found | {"ms": found["ms"] | {"2": [[2450.0]]}}}}
+    assert scaling.answer(results).endswith("4 ranks had 2 cores: what they show is what more ranks than cores cost.\n")
+    four = scaling.rows("124M", found, 2)[1].split(" | ")
+    assert four[4:8] == ["1.64 (1.64 .. 1.64)", "2.00", "1.82", "400.0"]
+    assert scaling.rows("124M", found, 4)[1].split(" | ")[6] == "3.35"  # 4 x 2050 / 2450
 
 
 def test_numbers_of_ranks():
@@ -161,7 +171,11 @@ def test_a_full_measurement_is_kept_and_written(monkeypatch, tmp_path):
     page.write_text(before)
     for name, value in (("PAGE", page), ("RESULTS", tmp_path / "scaling.json"), ("measure", lambda *_: FOUND)):
         monkeypatch.setattr(scaling, name, value)
-    assert scaling.main(["--sizes", "tiny"]) == 0 and page.read_text() == before and scaling.saved() is None
+    assert (
+        scaling.main(["--sizes", "tiny", "--ranks", "1,2"]) == 0
+        and page.read_text() == before
+        and scaling.saved() is None
+    )
     assert scaling.main([]) == 0
     written = page.read_text()
     assert scaling.saved()["sizes"] == {"tiny": FOUND, "124M": FOUND} and "do 1.67 times" in " ".join(written.split())
