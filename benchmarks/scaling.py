@@ -8,8 +8,8 @@ A rank has one BLAS thread and B rows of its own, so R ranks have R times one's 
 ranks take turns; times are the medians of the steps that they print, without the first ones of each run. Apart are as
 many single ranks at once, which share the machine and nothing else. Then ranks sum as many floats alone, as a step does
 its gradients. Predicted is what one rank's step and that sum give, one behind the other: R t1 / (t1 + sum), on fewer
-cores than ranks R t1 / (t1 R / cores + sum). Weights are random, tokens too. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE are unset for all: they
-override what OpenBLAS finds out about the processor.
+cores than ranks R t1 / (t1 R / cores + sum). Weights are random, tokens too. OPENBLAS_CORETYPE and OPENBLAS_L2_SIZE
+are unset for all: they override what OpenBLAS finds out about the processor.
 """
 
 import os
@@ -194,10 +194,9 @@ def table(results: dict) -> str:
         "| model, a rank's batch | ranks | ms a step | tokens/s | over one's | apart | predicted | sum, ms | GB/s |"
     ]
     lines.append("|---|" + "---:|" * 8)
-    cores = results["cores"]
-    return (
-        "\n".join(lines + [row for name, found in results["sizes"].items() for row in rows(name, found, cores)]) + "\n"
-    )
+    for name, found in results["sizes"].items():
+        lines += rows(name, found, results["cores"])
+    return "\n".join(lines) + "\n"
 
 
 def answer(results: dict) -> str:

@@ -171,11 +171,8 @@ def test_a_full_measurement_is_kept_and_written(monkeypatch, tmp_path):
     page.write_text(before)
     for name, value in (("PAGE", page), ("RESULTS", tmp_path / "scaling.json"), ("measure", lambda *_: FOUND)):
         monkeypatch.setattr(scaling, name, value)
-    assert (
-        scaling.main(["--sizes", "tiny", "--ranks", "1,2"]) == 0
-        and page.read_text() == before
-        and scaling.saved() is None
-    )
+    for part in ("--sizes tiny", "--ranks 1,2", "--steps 3"):
+        assert scaling.main(part.split()) == 0 and page.read_text() == before and scaling.saved() is None
     assert scaling.main([]) == 0
     written = page.read_text()
     assert scaling.saved()["sizes"] == {"tiny": FOUND, "124M": FOUND} and "do 1.67 times" in " ".join(written.split())
