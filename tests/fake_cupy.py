@@ -295,3 +295,31 @@ def columns(pointer: int, ld: int, rows: int, cols: int) -> np.ndarray:
         raise RuntimeError("CUBLAS_STATUS_INVALID_VALUE")
     flat = np.ctypeslib.as_array((ctypes.c_float * (ld * (cols - 1) + rows)).from_address(pointer))
     return np.lib.stride_tricks.as_strided(flat, (rows, cols), (4, 4 * ld))
+
+
+# kernels for it: what its compiler sees, and what they do
+PLANTED = {
+    "scale.cu": """
+extern "C" __global__ void __launch_bounds__(128)
+scale_kernel(float* __restrict__ out, const float* __restrict__ inp, float by, size_t first, int N) {}
+extern "C" __global__ void __launch_bounds__(128)
+scale_again_kernel(float* out, int N) {}
+""",
+    "count.cu": """
+extern "C" __global__ void __launch_bounds__(64)
+count_kernel(int* out, int N) {}
+extern "C" __global__ void __launch_bounds__(64, 2) DYNAMIC_SHARED(101376)
+large_kernel(int* out, int N) {}
+extern "C" __global__ void __launch_bounds__(64) DYNAMIC_SHARED(101377)
+largest_kernel(int* out, int N) {}
+""",
+}
+
+
+def scale(out, inp, by, first, N):
+    part = slice(int(first), int(first) + N)
+    out.flat[part] = inp.flat[part] * by
+
+
+def count(out, N):
+    out[:N] = np.arange(N)

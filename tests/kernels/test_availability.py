@@ -85,7 +85,7 @@ def test_a_cupy_that_should_be_here_and_is_not_is_a_failure(tmp_path):
     """Its calls are looked up in it, and its NVRTC compiles every kernel."""
     missing = "raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')"
     tests = (
-        "tests/kernels/test_cuda_runtime.py::test_errors_of_cupy",
+        "tests/kernels/test_cupy.py::test_errors_of_cupy",
         "tests/kernels/test_cuda_compile.py::test_the_table",
     )
     counts, said, code = run_tests(tmp_path, *tests, cupy=missing)

@@ -13,9 +13,10 @@ import fake_nccl
 import numpy as np
 import pytest
 from availability import import_cupy
+from fake_cupy import scale
 from fake_nccl import Threads
 from stub_library import described
-from test_cuda_runtime import names_listed, scale
+from test_cupy import names_listed
 
 from kernels.cuda.runtime import nccl
 from kernels.cuda.runtime import runtime as runtime_module
