@@ -197,7 +197,11 @@ def judged(found: list[dict]) -> list[tuple[str, str, str]]:
     recipe = ("baseline", "published recipe", "published, trained longer", "control, random init")
     layers = spread(found, [f"layers {name}" for name in ("input", "middle", "output", "both ends")])
     depths = spread(found, [f"depth {D}" for D in DEPTHS])
-    four = verdict(cost(found, "depth 4") - cost(found, "depth 2"), "4 is worse", "4 is better", " %", 3)
+    others = [
+        verdict(cost(found, f"depth {D}") - cost(found, "depth 2"), f"{D} is worse", f"{D} is better", " %", 3)
+        for D in DEPTHS
+        if D != 2
+    ]
     more = verdict(cost(found, "layers four") - cost(found, "depth 2"), "four cost more", "four cost less", " %", 3)
     ranges = verdict(layers - depths, "layers spread more", "depths spread more", " %", 3)
     return [
@@ -208,7 +212,7 @@ def judged(found: list[dict]) -> list[tuple[str, str, str]]:
         ),
         (
             "depth 2 is optimal",
-            four,
+            "; ".join(others),
             "one run a depth, random weights that hardly learnt; low_rank keeps a quarter of the channels at 4 and 8",
         ),
         ("more layers are worse", more, "one run each, random weights in each layer"),
