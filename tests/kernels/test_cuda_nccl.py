@@ -209,6 +209,51 @@ def test_what_has_begun_goes_on_beside_what_follows(zero, newest_first, pair):
         assert counts == [3, None, *parts, None] and {call[1] for call in calls if call} == {1001}
 
 
+def test_a_sum_begins_between_graphs(pair):
+    """And anew whenever they are launched; in one of them its events would be refused."""
+
+    def work(ranks):
+        _, gpu, communicator = connect(pair, ranks)
+        gpu._captures = True
+        array = gpu.to_device(np.full(4, 1.0, F))
+        view = SimpleNamespace(data=SimpleNamespace(ptr=array.data.ptr), size=2)
+
+        def step():
+            gpu.launch("scale_kernel", 1, 4, (array, array, 3.0, 0, 4))
+            gpu.outside_graphs(lambda: communicator.begin(array, [view], ranks))
+            gpu.launch("scale_kernel", 1, 4, (array, array, 5.0, 2, 2))
+
+        replay = gpu.capture(step)
+        found = []
+        for _ in range(2):
+            replay()
+            communicator.add_up(array, ranks)
+            found.append(gpu.to_host(array).tolist())
+        with pytest.raises(CudaError, match="the current stream is capturing"):
+            gpu.capture(lambda: communicator.begin(array, [view], ranks))
+        return found
+
+    for found in Threads(2).run(work):
+        assert found == [[6, 6, 30, 30], [36, 36, 900, 900]]
+
+
+def test_what_has_begun_does_not_begin_again(pair):
+    """As it would if a micro-step that is not the last one began."""
+
+    def work(ranks):
+        _, gpu, communicator = connect(pair, ranks)
+        array = gpu.to_device(np.ones(8, F))
+        first, second = (
+            SimpleNamespace(data=SimpleNamespace(ptr=array.data.ptr + 4 * begin), size=4) for begin in (0, 3)
+        )
+        communicator.begin(array, [first], ranks)
+        with pytest.raises(ValueError, match=r"begin: slice\(3, 7, None\) of float32\(8,\) has begun"):
+            communicator.begin(array, [second], ranks)
+        return True
+
+    assert Threads(2).run(work) == [True, True]
+
+
 def test_the_rest_is_what_no_part_has():
     assert nccl.rest_of(9, []) == [slice(0, 9)] and nccl.rest_of(9, [slice(0, 9)]) == []
     assert nccl.rest_of(9, [slice(5, 7), slice(2, 4)]) == [slice(0, 2), slice(4, 5), slice(7, 9)]

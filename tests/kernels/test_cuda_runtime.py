@@ -388,6 +388,30 @@ def test_a_graph_does_later_what_was_captured(fake, library):
     assert replay.args[1]["twice"].nbytes == 16
 
 
+def test_what_is_outside_of_graphs_comes_between_them(fake, library):
+    """At once where nothing is captured; else in its place at every launch, and not while it is captured."""
+    gpu, seen = Runtime(), []
+    array = gpu.to_device(np.full(4, 1, F))
+
+    def work():
+        gpu.launch("scale_kernel", 1, 4, (array, array, 2, 0, 4))
+        gpu.outside_graphs(lambda: seen.append(gpu.to_host(array)[0]))  # which a graph could not hold
+        gpu.launch("scale_kernel", 1, 4, (array, array, 3, 0, 4))
+
+    work()
+    replay = gpu.capture(work)
+    assert seen == [2] and gpu.to_host(array)[0] == 6
+    replay(), replay()
+    assert seen == [2, 12, 72] and gpu.to_host(array)[0] == 216
+    assert [launch for launch in fake.launches if launch[0] == "graph"] == 4 * [("graph", 1)]
+    fake.capture_error = RuntimeError("cudaErrorStreamCaptureInvalidated")
+    with pytest.raises(CudaError, match="capturing a CUDA graph: cudaErrorStreamCaptureInvalidated"):
+        gpu.capture(work)
+    fake.capture_error = None
+    work()
+    assert seen == [2, 12, 72, 432] and fake.captured is None
+
+
 def test_all_runs_on_one_stream_that_can_be_captured(fake, library):
     """cuBLAS as well, with a workspace of its own, set behind the stream; a caller's stream is kept."""
     first = Runtime()

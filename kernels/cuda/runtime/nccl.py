@@ -85,13 +85,17 @@ class Communicator:
         """Enqueue add_up for these views of the array, without overlap, which nobody touches until add_up of it all.
 
         They wait for what the runtime's stream was given so far, and for nothing that it is given from now on. Every
-        rank calls it with the same views. Raises TypeError as add_up, CudaError.
+        rank calls it with the same views. Raises TypeError as add_up, ValueError for what has begun, CudaError.
         """
         self._check(array)
         begins = [(view.data.ptr - array.data.ptr) // array.dtype.itemsize for view in views]
         parts = [slice(begin, begin + view.size) for begin, view in zip(begins, views)]
+        begun = self._begun.setdefault(array.data.ptr, [])
+        for part in parts:
+            if any(part.start < other.stop and other.start < part.stop for other in begun):
+                raise ValueError(f"begin: {part} of {shown(array)} has begun, and add_up has not ended it")
+            begun.append(part)
         self._add_up(array, parts, ranks)
-        self._begun.setdefault(array.data.ptr, []).extend(parts)
 
     def add_up(self, array, ranks) -> None:
         """Enqueue array += those of all other ranks, in float32, the same bits in each; with ZeRO this rank's part.
