@@ -100,7 +100,7 @@ $(VENV)/test-ready: $(VENV)/ready requirements-test.txt
 # a process a core; which runs a test makes no difference to it
 PYTEST := $(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test: $(VENV)/test-ready  ## the tests, 6 to 10 minutes on two cores
+test: $(VENV)/test-ready  ## the tests, 8 to 10 minutes on two cores
 	$(PYTEST)
 
 test_quick: $(VENV)/test-ready  ## ops on the CPU, file formats, a short run of each trainer: under 40 seconds

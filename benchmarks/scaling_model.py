@@ -9,8 +9,8 @@ calls of NCCL, takes
     2 (R - 1) / R * S / bandwidth + n (base + 2 (G - 1) hop + 2 log2(M) net_hop)
 
 A call has up to 64 MiB (kernels/cuda/runtime/nccl.py). With overlap a layer's matrices are a call each, beside the
-layers below; what is left, the embeddings and all vectors, is one behind backward. NCCL may make less of the calls of a
-group than their sum.
+layers below; what is left, the embeddings and all vectors, lies in five places and is summed behind backward. For the
+calls of a group NCCL may need less than their sum.
 
 The first part is a ring's: all but its own Rth of every byte passes a rank twice. bandwidth is a GPU's link in one
 node, else the smaller one of that and the node's network cards together. The second is a chain in the node and a tree
@@ -33,6 +33,7 @@ if __name__ == "__main__":
     startup.begin()
 
 from argparse import Namespace
+from itertools import groupby
 from math import ceil, log2, prod
 from pathlib import Path
 from textwrap import fill
@@ -68,31 +69,31 @@ def size(config: GPT2Config) -> int:
     return 4 * num_parameters(config)
 
 
-def matrices(config: GPT2Config) -> list[int]:
-    """Bytes of each matrix of the layers, whose sums begin while backward goes on."""
-    shapes = [shape for name, shape in tensor_shapes(config).items() if name in MATRICES and name not in OUTSIDE]
-    return [4 * prod(shape) // config.L for shape in shapes] * config.L
+def pieces(config: GPT2Config) -> tuple[list[int], list[int]]:
+    """Bytes of each matrix of the layers, whose sums begin while backward goes on, and of what lies between them.
+
+    That is wte, which embeds and classifies, wpe and the vectors: their sums begin behind backward.
+    """
+    beside, behind = [], []
+    for early, names in groupby(tensor_shapes(config), lambda name: name in MATRICES and name not in OUTSIDE):
+        sizes = [4 * prod(tensor_shapes(config)[name]) for name in names]
+        if early:
+            beside += [S // config.L for S in sizes for _ in range(config.L)]
+        else:
+            behind.append(sum(sizes))
+    return beside, behind
 
 
-def last_part(config: GPT2Config) -> int:
-    """Bytes of the gradients whose sum begins behind backward: wte's, which embeds and classifies, wpe's, vectors'."""
-    return size(config) - sum(matrices(config))
-
-
-def all_reduce(S: int, R: int, rates: Namespace, calls: int = 0) -> float:
-    """Seconds of a sum of S bytes over R ranks, in whole buckets or in so many calls; the formula is the module's."""
+def all_reduce(parts: list[int], R: int, rates: Namespace) -> float:
+    """Seconds of the sums of so many bytes each over R ranks; the formula is the module's."""
     if R == 1:
         return 0.0
     G = min(R, rates.node)
     M = R / G
     bandwidth = 1e9 * (rates.nvlink if M == 1 else min(rates.nvlink, G * rates.network))
     latency = 1e-6 * (rates.base + 2 * (G - 1) * rates.hop + 2 * log2(M) * rates.net_hop)
-    return 2 * (R - 1) / R * S / bandwidth + (calls or buckets(S, rates)) * latency
-
-
-def buckets(S: int, rates: Namespace) -> int:
-    """How many calls sum S bytes."""
-    return ceil(S / (rates.bucket * 2**20))
+    calls = sum(ceil(S / (rates.bucket * 2**20)) for S in parts)
+    return 2 * (R - 1) / R * sum(parts) / bandwidth + calls * latency
 
 
 def compute(config: GPT2Config, B: int, rates: Namespace) -> float:
@@ -108,11 +109,11 @@ def waiting(config: GPT2Config, B: int, R: int, rates: Namespace, overlap: bool,
     part's. zero: with 1 it is a sum of which each rank has a part, half the bytes, and behind the update the new
     weights go to all, the other half, beside which there is nothing to do.
     """
-    whole, last = (all_reduce(S, R, rates) for S in (size(config), last_part(config)))
+    whole = all_reduce([size(config)], R, rates)
     if not overlap:
         return whole
-    hidden, of_layers = BACKWARD * compute(config, B, rates), matrices(config)
-    beside = all_reduce(sum(of_layers), R, rates, sum(buckets(S, rates) for S in of_layers))
+    beside, last = (all_reduce(parts, R, rates) for parts in pieces(config))
+    hidden = BACKWARD * compute(config, B, rates)
     return max(beside - hidden, 0) + last if zero == 0 else max(beside / 2 - hidden, 0) + last / 2 + whole / 2
 
 
@@ -159,7 +160,7 @@ def efficiency_table(name: str, rates: Namespace) -> str:
     lines = [f"| {name}: GPUs | all-reduce, ms |" + "".join(f" B = {B} | zero 1 |" for B in ROWS)]
     lines.append("|---:|---:|" + "---|---:|" * len(ROWS))
     for R in GPUS:
-        cells = [f"{R}", f"{1e3 * all_reduce(size(config), R, rates):.1f}"]
+        cells = [f"{R}", f"{1e3 * all_reduce([size(config)], R, rates):.1f}"]
         for B in ROWS:
             ways = [efficiency(config, B, R, rates, *way) for way in ((False,), (True,), (True, 1))]
             tokens = R * B * T
@@ -227,7 +228,7 @@ def link_table(rates: Namespace) -> str:
 
 def text(rates: Namespace) -> str:
     """What stands between the page's markers."""
-    share = last_part(MODELS["124M"]) / size(MODELS["124M"])
+    share = sum(pieces(MODELS["124M"])[1]) / size(MODELS["124M"])
     gigabytes = " and ".join(f"{size(config) / 1e9:.2f}" for config in MODELS.values())
     how = (
         f"**Efficiency**: tokens a second of R GPUs over R times those of one, T = {T}, without overlap "
@@ -250,8 +251,8 @@ def text(rates: Namespace) -> str:
         f"{KEPT} C floats a layer and its logits, with `--recompute 1` one such layer and C floats of each; "
         "backward's own buffers come on top."
     )
-    sending = all_reduce(size(MODELS["124M"]), 64, Namespace(**vars(rates) | {"base": 0, "hop": 0, "net_hop": 0}))
-    latency = 1 - sending / all_reduce(size(MODELS["124M"]), 64, rates)
+    of_124M, at_once = [size(MODELS["124M"])], Namespace(**vars(rates) | {"base": 0, "hop": 0, "net_hop": 0})
+    latency = 1 - all_reduce(of_124M, 64, at_once) / all_reduce(of_124M, 64, rates)
     links = (
         f"**Other links**, efficiency without and with overlap. Of the sum of 124M over 64 GPUs {100 * latency:.0f} % "
         "is latency:"

@@ -39,19 +39,21 @@ FOUND["ms"]["2"] = [[2400.0, 2300.0], [2500.0, 2600.0]]
 def test_a_sum_is_bytes_over_the_slower_link_and_hops():
     """8 GPUs: 7/4 of the bytes at 370 GB/s, 8.4 + 14 x 3.4 us a call; 8 nodes: 63/32, and 6 x 9.6 us more."""
     S = 1 << 26  # one call
-    assert scaling_model.all_reduce(S, 1, RATES) == 0
-    assert scaling_model.all_reduce(S, 8, RATES) == pytest.approx(7 / 4 * S / 370e9 + 56e-6)
-    assert scaling_model.all_reduce(S, 64, RATES) == pytest.approx(63 / 32 * S / 370e9 + 113.6e-6)
-    assert scaling_model.all_reduce(S + 1, 8, RATES) == pytest.approx(7 / 4 * S / 370e9 + 112e-6)
+    assert scaling_model.all_reduce([S], 1, RATES) == 0
+    assert scaling_model.all_reduce([S], 8, RATES) == pytest.approx(7 / 4 * S / 370e9 + 56e-6)
+    assert scaling_model.all_reduce([S], 64, RATES) == pytest.approx(63 / 32 * S / 370e9 + 113.6e-6)
+    assert scaling_model.all_reduce([S + 1], 8, RATES) == pytest.approx(7 / 4 * S / 370e9 + 112e-6)
+    assert scaling_model.all_reduce([S - 9, 9], 8, RATES) == pytest.approx(7 / 4 * S / 370e9 + 112e-6)
     slow = scaling_model.arguments().parse(["--network", "5"])
-    assert scaling_model.all_reduce(S, 64, slow) == pytest.approx(63 / 32 * S / 40e9 + 113.6e-6)
-    assert scaling_model.all_reduce(S, 2, slow) == pytest.approx(S / 370e9 + 15.2e-6)
+    assert scaling_model.all_reduce([S], 64, slow) == pytest.approx(63 / 32 * S / 40e9 + 113.6e-6)
+    assert scaling_model.all_reduce([S], 2, slow) == pytest.approx(S / 370e9 + 15.2e-6)
 
 
 def test_the_bytes_of_gradients():
     assert scaling_model.size(SMALL) == 4 * P
-    assert sum(scaling_model.matrices(SMALL)) == 4 * 12 * 12 * 768**2 and len(scaling_model.matrices(SMALL)) == 48
-    assert scaling_model.last_part(SMALL) == 4 * (768 * (50304 + 1024) + 12 * 13 * 768 + 2 * 768)
+    beside, behind = scaling_model.pieces(SMALL)
+    assert sum(beside) == 4 * 12 * 12 * 768**2 and len(beside) == 48
+    assert behind == [4 * 768 * n for n in (50304 + 1024 + 24, 36, 36, 48, 14)]
     assert scaling_model.size(LARGE) == 4 * (1600 * (50304 + 1024 + 2) + 48 * (12 * 1600**2 + 13 * 1600))
 
 
@@ -66,8 +68,8 @@ def test_a_step_grows_with_its_flop():
 
 def test_what_overlap_hides():
     """All but what exceeds two thirds of the step, and never the embedding's; of zero 1 the second half stays."""
-    last_part = scaling_model.last_part(SMALL)
-    whole, last = (scaling_model.all_reduce(S, 64, RATES) for S in (4 * P, last_part))
+    beside, behind = scaling_model.pieces(SMALL)
+    whole, last = (scaling_model.all_reduce(parts, 64, RATES) for parts in ([4 * P], behind))
     step = 0.0322
     assert whole < 2 / 3 * step
     assert scaling_model.waiting(SMALL, 4, 64, RATES, False) == whole
@@ -75,7 +77,7 @@ def test_what_overlap_hides():
     assert scaling_model.waiting(SMALL, 4, 64, RATES, True, 1) == pytest.approx((last + whole) / 2)
     assert scaling_model.efficiency(SMALL, 4, 64, RATES) == pytest.approx(step / (step + whole))
     slow = Namespace(**vars(RATES) | {"network": 1.0})
-    left = scaling_model.all_reduce(4 * P - last_part, 64, slow, 48) + scaling_model.all_reduce(last_part, 64, slow)
+    left = scaling_model.all_reduce(beside, 64, slow) + scaling_model.all_reduce(behind, 64, slow)
     assert scaling_model.waiting(SMALL, 4, 64, slow, True) == pytest.approx(left - 2 / 3 * step) and left > 0.07
 
 
